@@ -1,0 +1,1 @@
+"""Darkroom: the training library."""

@@ -1,0 +1,406 @@
+"""What to train: one typed, portable document, read from YAML.
+
+A recipe says nothing about where it runs (that is the site, `model_core.site`) and is part of lineage: each step's key
+is taken from the sections it reads. Sources in the comments: "R1" is the Qwen-Image-2.0 report (arXiv 2605.10730), "R2"
+the VAE-2.0 report (2605.13565), "S" the public code of the successor, Qwen-Image-2.1; "ours" is a choice of this project.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+CompressionRatio = 16  # pixels a latent side; R1 section 3.1 (f16)
+
+Kind = Literal["image", "text_image", "edit"]
+CaptionType = Literal["general", "text", "knowledge", "structured"]
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one sentence with what, where, found and allowed. Commands print it and exit with 2."""
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Scenes(Section):
+    """Plain scenes that `synthetic://scenes` draws: one coloured shape at a place, and a letter with a digit (ours)."""
+
+    num_images: Count = 8000
+    size_px: Count = 64
+    letters: str = Field("ABCDEFGHKLMNPRSTXYZ", min_length=1)  # the first character of the text
+    digits: str = Field("0123456789", min_length=1)  # the second one
+    text_share: Share = 0.85  # share of scenes that carry a text
+    held_out_share: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1  # of (colour, shape, position) and of texts: never drawn for training
+    photo_background_share: Share = 0.0  # share of scenes drawn over a photograph's texture: the harder ones
+
+
+class Data(Section):
+    """What ingest_images reads."""
+
+    sources: list[str] = Field(default_factory=lambda: ["synthetic://scenes"], min_length=1)
+    scenes: Scenes = Scenes()
+    max_images: Count | None = None  # stop after so many; None takes all
+    licence: str = "unknown"  # the licence tag of every row whose source names none
+
+    @field_validator("sources")
+    @classmethod
+    def _known_scheme(cls, sources: list[str]) -> list[str]:
+        for source in sources:
+            scheme, _, rest = source.partition("://")
+            if scheme not in ("synthetic", "file", "s3") or not rest:
+                raise ValueError(f"found {source!r}; allowed are synthetic://scenes, file:///FOLDER and s3://BUCKET/PREFIX")
+            if scheme == "synthetic" and rest != "scenes":
+                raise ValueError(f"found {source!r}; the one synthetic source is synthetic://scenes")
+        return sources
+
+
+class TextImages(Section):
+    """Synthetic text images (Qwen-Image 1.0 report, 3.4): pure paragraphs, text in a scene, filled templates."""
+
+    num_images: NonNegative = 600
+    size_px: Count = 64
+    modes: dict[Literal["pure", "compositional", "template"], Annotated[float, Field(ge=0.0)]] = Field(
+        default_factory=lambda: {"pure": 1.0, "compositional": 1.0, "template": 1.0}
+    )  # relative weights (ours)
+    languages: list[Literal["en", "zh"]] = Field(default_factory=lambda: ["en", "zh"], min_length=1)
+    font_px: tuple[Count, Count] = (10, 18)  # glyph height, least and most; R2 draws 5 to 20 px
+
+
+class Edits(Section):
+    """Edit pairs (R1 2.1: attribute, background, style, text, removal, restoration, multi-reference)."""
+
+    num_pairs: NonNegative = 3000
+    operations: list[Literal["attribute", "background", "style", "text", "removal", "restoration", "multi_reference"]] = Field(
+        default_factory=lambda: ["attribute", "background", "style", "text", "removal", "restoration", "multi_reference"], min_length=1
+    )
+
+
+class Captions(Section):
+    """Four captions an image (R1 2.2)."""
+
+    source: Literal["annotations"] = "annotations"  # where captions come from; a vision-language captioner joins here
+    max_tokens: Count = 1024  # R1: instructions up to about 1K tokens
+
+
+class Encoder(Section):
+    """The frozen vision-language model that reads the prompt (R1 3.2: Qwen3-VL)."""
+
+    path: str | None = None  # folder with Qwen3-VL weights; None builds the tiny one below and teaches it the captions
+    hidden_size: Count = 128
+    num_layers: Count = 2
+    num_heads: Count = 4
+    vocab_size: Annotated[int, Field(ge=300)] = 1024
+    teach_steps: NonNegative = 300  # next-token steps on the captions before it is frozen (ours)
+    teach_batch_size: Count = 32
+    teach_lr: PositiveFloat = 2e-3
+    system_prompt: str = "Comprehend and analyze the provided prompt."  # R1 Fig. 8
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Encoder:
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} must be an even multiple of num_heads {self.num_heads}")
+        return self
+
+
+class VAEModel(Section):
+    """f16c64 residual autoencoder (R1 3.1, R2). Defaults are the successor's published widths (S)."""
+
+    latent_channels: Count = 64  # R1: c64
+    stem_fold: Literal[1, 2, 4] = 1  # pixels folded into channels before the first convolution; 4 makes a CPU fast enough (ours)
+    encoder_widths: list[Count] = Field(default_factory=lambda: [96, 192, 384, 768, 768], min_length=1)  # S
+    decoder_widths: list[Count] = Field(default_factory=lambda: [1152, 1152, 576, 288, 144], min_length=1)  # S
+    encoder_blocks: Count = 2  # residual blocks a level; S
+    decoder_blocks: Count = 3  # S
+    shortcut: Literal["none", "local", "global"] = "global"  # R2 4.1: the global one converges fastest
+    mid_attention: bool = True  # S
+
+    @model_validator(mode="after")
+    def _levels_make_f16(self) -> VAEModel:
+        levels = int(math.log2(CompressionRatio // self.stem_fold)) + 1
+        for side, widths in (("encoder_widths", self.encoder_widths), ("decoder_widths", self.decoder_widths)):
+            if len(widths) != levels:
+                raise ValueError(f"{side} has {len(widths)} levels; a stem_fold of {self.stem_fold} needs {levels} to compress by {CompressionRatio}")
+        return self
+
+
+class VAE(Section):
+    """train_vae: model, losses and optimisation. No GAN, no KL (R1, R2)."""
+
+    path: str | None = None  # folder of an earlier VAE (config.json, model.safetensors) to start from
+    model: VAEModel = VAEModel()
+    crop_px: Count = 64  # side of the training crop
+    steps: Count = 1200
+    batch_size: Count = 8
+    lr: PositiveFloat = 2e-3  # ours
+    warmup_steps: NonNegative = 50
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    grad_clip: PositiveFloat = 1.0
+    l1_weight: Annotated[float, Field(ge=0.0)] = 1.0  # R2: pixel L1, weight 1
+    mse_weight: Annotated[float, Field(ge=0.0)] = 0.0  # ours: leaves the median trap of L1 on flat pictures
+    edge_weight: Annotated[float, Field(ge=0.0)] = 0.0  # ours: L1 of image gradients, stands in for LPIPS where no backbone is at hand
+    align_weight: Annotated[float, Field(ge=0.0)] = 0.1  # R2 4.2, weight from VA-VAE's code
+    align_margins: tuple[float, float] = (0.0, 0.0)  # m_cos, m_dist at the start: strict
+    align_margins_relaxed: tuple[float, float] = (0.5, 0.25)  # at the end: relaxed (VA-VAE's code)
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    checkpoint_every_steps: Count = 100
+
+    @field_validator("crop_px")
+    @classmethod
+    def _crop_fits(cls, value: int) -> int:
+        if value % CompressionRatio:
+            raise ValueError(f"found {value}; allowed are multiples of {CompressionRatio}")
+        return value
+
+
+class MMDiTModel(Section):
+    """Single-stream MMDiT. Defaults are the successor's 7.1 B configuration (S); R1 gives the structure only."""
+
+    num_layers: Count = 32  # S
+    num_heads: Count = 32  # S
+    head_dim: Count = 128  # S
+    rope_axes: tuple[Count, Count, Count] = (16, 56, 56)  # frame, height, width; S and Qwen-Image 1.0
+    rope_theta: PositiveFloat = 10_000.0  # S
+    mlp_ratio: PositiveFloat = 3.0  # SwiGLU hidden width over model width; S
+    attention: Literal["full", "block_causal"] = "full"  # full is the safe reading of R1; block_causal is S
+    condition_at_t0: bool = False  # text and condition images modulated at t=0; S
+
+    @model_validator(mode="after")
+    def _axes_fill_head(self) -> MMDiTModel:
+        if sum(self.rope_axes) != self.head_dim or any(axis % 2 for axis in self.rope_axes):
+            raise ValueError(f"rope_axes {list(self.rope_axes)} must be even and sum to head_dim {self.head_dim}")
+        return self
+
+    @property
+    def width(self) -> int:
+        """Channels of the stream."""
+        return self.num_heads * self.head_dim
+
+
+class Thresholds(Section):
+    """What filter_images keeps in a stage. None switches an operator off. Order of operators: R1 Fig. 6."""
+
+    min_side_px: Count = 16
+    dedup_distance: NonNegative | None = 0  # pHash bits two kept images must differ by more than
+    min_entropy_bits: Annotated[float, Field(ge=0.0)] | None = None  # luma histogram, 0 to 8 bits
+    max_entropy_bits: PositiveFloat | None = None
+    min_sharpness: Annotated[float, Field(ge=0.0)] | None = None  # variance of the Laplacian of 0..255 luma
+    max_nsfw: Share | None = None  # score of an installed detector
+    max_caption_words: Count | None = None
+    keep_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # keyed random subset, last of all: SFT is small
+
+
+class Stage(Section):
+    """One entry of the curriculum (R1 Table 2 and Fig. 6)."""
+
+    resolution_px: Count = 256  # pixel budget is its square
+    kinds: list[Kind] = Field(default_factory=lambda: ["image", "text_image", "edit"], min_length=1)
+    filter: Thresholds = Thresholds()
+    edit_share: Share = 0.1  # TI2I share of the samples: 0.1 (pre-training), 0.3 (after)
+    text_image_share: Share = 0.05  # share of synthetic text images; Qwen-Image 1.0 used 5 %
+    steps: Count = 1000
+    batch_size: Count = 64
+    lr: PositiveFloat = 1e-4  # 1e-4, 2e-5, 1e-5
+    warmup_steps: NonNegative = 100  # ours
+
+    @field_validator("resolution_px")
+    @classmethod
+    def _whole_latents(cls, value: int) -> int:
+        if value % CompressionRatio:
+            raise ValueError(f"found {value}; allowed are multiples of {CompressionRatio}")
+        return value
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> Stage:
+        edit = self.edit_share if "edit" in self.kinds else 0.0
+        text = self.text_image_share if "text_image" in self.kinds else 0.0
+        if edit + text > 1.0:
+            raise ValueError(f"edit_share {edit} and text_image_share {text} together exceed 1")
+        if "image" not in self.kinds and edit + text < 1.0:
+            raise ValueError(f"kinds {self.kinds} leave the share {1.0 - edit - text:.3g} to images, which are not among them")
+        return self
+
+
+class MMDiT(Section):
+    """train_mmdit: model, objective and the stages."""
+
+    path: str | None = None  # folder of earlier weights to start the first stage from
+    model: MMDiTModel = MMDiTModel()
+    logit_normal: tuple[float, PositiveFloat] = (0.0, 1.0)  # mean and std of logit(t); Qwen-Image 1.0
+    uncond_dropout: Share = 0.1  # R1 Table 2
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.001  # R1 Table 2
+    betas: tuple[Share, Share] = (0.9, 0.95)  # ours
+    grad_clip: PositiveFloat = 1.0  # R1 Table 2
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999  # ours
+    caption_weights: dict[CaptionType, Annotated[float, Field(ge=0.0)]] = Field(
+        default_factory=lambda: {"general": 0.7, "text": 0.1, "knowledge": 0.1, "structured": 0.1}
+    )  # how often a caption type is drawn (ours)
+    checkpoint_every_steps: Count = 100
+    stages: dict[str, Stage] = Field(min_length=1)
+
+    @field_validator("stages")
+    @classmethod
+    def _stage_names(cls, stages: dict[str, Stage]) -> dict[str, Stage]:
+        for name in stages:
+            if not (name.isascii() and name.isalnum()):
+                raise ValueError(f"found a stage named {name!r}; allowed are letters and digits, as in S1")
+        return stages
+
+
+class Sampling(Section):
+    """How published weights are sampled (R1: 40 steps with guidance)."""
+
+    steps: Count = 40
+    guidance_scale: Annotated[float, Field(ge=1.0)] = 4.0  # Qwen-Image 1.0's default
+    rescale_norm: bool = True  # norm-rescaled guidance, as Qwen-Image 1.0's pipeline
+    shift_mu: tuple[float, float] = (0.5, 0.9)  # exponential shift at 256 and 8192 tokens; Qwen-Image 1.0
+    final_sigma: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02  # Qwen-Image 1.0
+
+
+class Evaluation(Section):
+    """evaluate_model: how much is drawn and judged."""
+
+    num_prompts: Count = 64  # held-out combinations of the plain scenes
+    num_edits: Count = 48
+    num_reconstructions: Count = 64
+    grid_prompts: Count = 16  # of them shown in the report
+    judge_steps: Count = 600  # optimizer steps of the judge, on clean renders only
+
+
+class Registry(Section):
+    """register_model: the name and alias of the registered model."""
+
+    name: str = Field("darkroom", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    alias: str = Field("candidate", pattern=r"^[a-z][a-z0-9_-]*$")
+
+
+class Recipe(Section):
+    """One document: everything that decides what comes out, and nothing about where."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: Data = Data()
+    text_images: TextImages = TextImages()
+    edits: Edits = Edits()
+    captions: Captions = Captions()
+    encoder: Encoder = Encoder()
+    vae: VAE = VAE()
+    mmdit: MMDiT
+    sampling: Sampling = Sampling()
+    evaluation: Evaluation = Evaluation()
+    registry: Registry = Registry()
+
+    @property
+    def stages(self) -> list[str]:
+        """Stage names in order."""
+        return list(self.mmdit.stages)
+
+    def digest(self) -> str:
+        """sha256 (hex) of the canonical JSON of the whole recipe."""
+        return canonical_digest(self.model_dump(mode="json"))
+
+
+def canonical_digest(value: Any) -> str:
+    """sha256 (hex) of `value` as JSON with sorted keys and no spaces."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def section(recipe: Recipe, path: str) -> Any:
+    """The JSON value at a dotted path, such as `mmdit.stages.S6.filter`; a path that does not exist raises KeyError."""
+    value: Any = recipe.model_dump(mode="json")
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def override(document: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """A copy of `document` with each `a.b=value` of `assignments` set; values are YAML.
+
+    Raises UserError for an assignment that is not of that form or walks into something that is not a mapping.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(document))
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not all(path.split(".")):
+            raise UserError(f"--set {assignment!r}: found no a.b=value; an example is --set mmdit.stages.S6.lr=1e-5")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {path}: the value {text!r} is not YAML ({str(error).splitlines()[0]})") from error
+        *parents, leaf = path.split(".")
+        node: Any = result
+        for part in parents:
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise UserError(f"--set {path}: {'.'.join(parents)} is a value, not a section, so it has no key {leaf!r}")
+        node[leaf] = _number(value)
+    return result
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as a string; a recipe means a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if value.strip().lower() not in ("nan", "inf", "-inf") else value
+        except ValueError:
+            return value
+    return value
+
+
+def read_document(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError, naming the file, when it is missing, not YAML or not a mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path}: cannot be read ({error.strerror if isinstance(error, OSError) else 'not UTF-8 text'})") from error
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{what} {path}: not YAML{where} ({getattr(error, 'problem', None) or 'unreadable'})") from error
+    if not isinstance(document, dict):
+        raise UserError(f"{what} {path}: found {type(document).__name__}; allowed is a mapping of sections")
+    return document
+
+
+def describe(error: ValidationError, where: str) -> str:
+    """One sentence for the first problem that pydantic found: what, where, found, allowed."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"]) or "the document"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"{where}: {field} is not a known key{more}"
+    if first["type"] == "missing":
+        return f"{where}: {field} is missing{more}"
+    found = "" if first["type"] == "value_error" else f"found {json.dumps(first['input'], default=str)[:80]}; "
+    return f"{where}: {field}: {found}{message[0].lower() + message[1:]}{more}"
+
+
+def parse_recipe(document: dict[str, Any], where: str) -> Recipe:
+    """A Recipe from a plain mapping; raises UserError that names `where` and the field."""
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise UserError(describe(error, where)) from error
+
+
+def load_recipe(path: Path, assignments: list[str] | None = None) -> Recipe:
+    """The recipe in a YAML file, with `--set` assignments applied; raises UserError for any mistake."""
+    document = override(read_document(path, "recipe"), assignments or [])
+    return parse_recipe(document, f"recipe {path}")
