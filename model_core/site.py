@@ -1,0 +1,109 @@
+"""Where to run it: workspace, storage, tracking, images and launch profiles. Data only, and never part of a key."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from model_core.recipe import UserError, describe, read_document
+from model_core.storage.settings import S3Settings
+
+
+class Section(BaseModel):
+    """A part of a site: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Tracking(Section):
+    """MLflow. `uri` None keeps the history in an SQLite file of the workspace (local workspaces only)."""
+
+    uri: str | None = None
+    experiment: str = Field("darkroom", min_length=1)
+
+    @field_validator("uri")
+    @classmethod
+    def _known_scheme(cls, uri: str | None) -> str | None:
+        if uri is not None and uri.partition("://")[0] not in ("http", "https", "sqlite", "postgresql+psycopg2"):
+            raise ValueError(f"found {uri!r}; allowed are http://, https://, sqlite:/// and postgresql+psycopg2://")
+        return uri
+
+
+class LaunchProfile(Section):
+    """How a step's processes are started."""
+
+    scheduler: Literal["local_cwd"] = "local_cwd"
+    threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads a process; None takes the cores at hand
+
+
+class Launch(Section):
+    """The default profile, and others for single steps."""
+
+    default: LaunchProfile = LaunchProfile()
+    steps: dict[str, LaunchProfile] = Field(default_factory=dict)
+
+    def profile(self, step: str) -> LaunchProfile:
+        """The profile of one step."""
+        return self.steps.get(step, self.default)
+
+
+class Site(Section):
+    """One place to run at."""
+
+    workspace: str = "./workspace"  # folder, file:///folder or s3://bucket/prefix
+    scratch: str | None = None  # local folder for work in progress; None: beside a local workspace, else the user's cache
+    s3: S3Settings = S3Settings()
+    tracking: Tracking = Tracking()
+    image: str = "python:3.11"  # of every step, by digest on a cluster
+    launch: Launch = Launch()
+
+    @field_validator("workspace")
+    @classmethod
+    def _known_workspace(cls, workspace: str) -> str:
+        scheme, separator, rest = workspace.partition("://")
+        if not workspace or (separator and (scheme not in ("file", "s3") or not rest)):
+            raise ValueError(f"found {workspace!r}; allowed are a folder, file:///FOLDER and s3://BUCKET/PREFIX")
+        return workspace
+
+    @property
+    def workspace_uri(self) -> str:
+        """The workspace as a file:// or s3:// uri."""
+        if "://" in self.workspace:
+            return self.workspace.rstrip("/")
+        return Path(self.workspace).expanduser().resolve().as_uri()
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Where work in progress lies on this machine."""
+        if self.scratch is not None:
+            return Path(self.scratch).expanduser().resolve()
+        if self.workspace_uri.startswith("file://"):
+            return Path(self.workspace_uri.removeprefix("file://")) / ".scratch"
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        return cache / "darkroom" / self.workspace_uri.removeprefix("s3://").replace("/", "--")
+
+    @property
+    def spool_folder(self) -> Path:
+        """Where what is to be told to MLflow waits."""
+        return self.scratch_folder / "spool"
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow uri, the workspace's own SQLite file when none is set."""
+        return self.tracking.uri or f"sqlite:///{self.scratch_folder / 'mlflow.db'}"
+
+
+def parse_site(document: dict[str, Any], where: str) -> Site:
+    """A Site from a plain mapping; raises UserError that names `where` and the field."""
+    try:
+        return Site.model_validate(document)
+    except ValidationError as error:
+        raise UserError(describe(error, where)) from error
+
+
+def load_site(path: Path) -> Site:
+    """The site in a YAML file; raises UserError for any mistake."""
+    return parse_site(read_document(path, "site"), f"site {path}")

@@ -1,0 +1,91 @@
+"""The steps of the DAG: what each reads, takes and leaves. Their code is in the module of the same name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model_core.manifest import ManifestKind
+from model_core.recipe import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    """One node of the DAG.
+
+    `version` is raised when the step's result changes for the same inputs. `sections` are the dotted recipe paths that
+    the step reads, `{stage}` standing for its stage: they and nothing else of the recipe enter its key. `optional`
+    inputs may be absent. `sources` says that the step's key also depends on what the recipe's data sources hold now.
+    """
+
+    name: str
+    version: int
+    sections: tuple[str, ...]
+    inputs: tuple[str, ...]
+    kind: ManifestKind
+    optional: tuple[str, ...] = ()
+    staged: bool = False
+    sources: bool = False
+
+
+RAW = ("images", "text_images", "edits")
+STAGE = "mmdit.stages.{stage}."
+
+STEPS: dict[str, StepSpec] = {
+    spec.name: spec
+    for spec in (
+        StepSpec(name="ingest_images", version=1, sections=("seed", "data"), inputs=(), kind="dataset", sources=True),
+        StepSpec(name="render_text", version=1, sections=("seed", "text_images"), inputs=("images",), kind="dataset"),
+        StepSpec(name="build_edits", version=1, sections=("seed", "edits", "data.scenes"), inputs=("images",), kind="dataset"),
+        StepSpec(
+            name="filter_images", version=1, sections=("seed", STAGE + "filter"), inputs=RAW, optional=("previous",), kind="dataset", staged=True
+        ),
+        StepSpec(name="caption_images", version=1, sections=("seed", "captions"), inputs=("kept", *RAW), kind="dataset"),
+        StepSpec(name="prepare_encoder", version=1, sections=("seed", "encoder"), inputs=("captions", "edits"), kind="model"),
+        StepSpec(name="train_vae", version=1, sections=("seed", "vae"), inputs=("kept", *RAW), kind="model"),
+        StepSpec(
+            name="encode_latents",
+            version=1,
+            sections=(STAGE + "resolution_px", STAGE + "kinds"),
+            inputs=("kept", "captions", "vae", *RAW),
+            kind="dataset",
+            staged=True,
+        ),
+        StepSpec(
+            name="train_mmdit",
+            version=1,
+            sections=(
+                "seed",
+                "mmdit.path",
+                "mmdit.model",
+                "mmdit.logit_normal",
+                "mmdit.uncond_dropout",
+                "mmdit.weight_decay",
+                "mmdit.betas",
+                "mmdit.grad_clip",
+                "mmdit.ema_decay",
+                "mmdit.caption_weights",
+                *(STAGE + field for field in ("kinds", "edit_share", "text_image_share", "steps", "batch_size", "lr", "warmup_steps")),
+            ),
+            inputs=("latents", "encoder"),
+            optional=("previous",),
+            kind="model",
+            staged=True,
+        ),
+        StepSpec(
+            name="evaluate_model",
+            version=1,
+            sections=("seed", "evaluation", "sampling", "data.scenes"),
+            inputs=("model", "vae", "encoder", "captions", "images", "edits"),
+            kind="evaluation",
+        ),
+        StepSpec(name="register_model", version=1, sections=("registry", "sampling"), inputs=("model", "vae", "encoder", "evaluation"), kind="model"),
+        StepSpec(name="publish_report", version=1, sections=(), inputs=("model", "vae", "evaluation", "registration"), kind="report"),
+    )
+}
+
+
+def step_spec(name: str) -> StepSpec:
+    """The spec of a step; raises UserError for a name that is none."""
+    if name not in STEPS:
+        raise UserError(f"step: found {name!r}; allowed are {', '.join(STEPS)}")
+    return STEPS[name]
