@@ -1,0 +1,207 @@
+"""Runs one step: `python -m model_core STEP --recipe R --site S --run NAME --input NAME=MANIFEST --output MANIFEST`.
+
+Exit codes: 0 done, 10 configuration (do not retry), 20 infrastructure (retry), 30 the step itself failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from model_core.claim import acquire
+from model_core.context import StepContext
+from model_core.manifest import Code, Manifest, TrackedRun, parse_manifest
+from model_core.progress import Progress
+from model_core.recipe import Recipe, UserError, load_recipe
+from model_core.run_record import StepRecord, check_run_name, write_step
+from model_core.site import Site, load_site
+from model_core.steps.registry import STEPS, StepSpec, step_spec
+from model_core.storage import StorageError, open_storage
+from model_core.tracking.spool import Tracker, open_tracker
+from model_core.training.checkpoint import CheckpointStore
+from model_core.workspace import CHECKPOINTS, Address, InputFolder, StepResult, Workspace, check_inputs, step_key
+
+DONE, CONFIGURATION, INFRASTRUCTURE, FAILED = 0, 10, 20, 30
+
+
+class Stopped(Exception):
+    """SIGTERM: the platform wants the machine back."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses the command line, runs the step and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m model_core", description="Runs one step of the pipeline.")
+    parser.add_argument("step", choices=list(STEPS), metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--recipe", type=Path, required=True, help="recipe YAML: what to train")
+    parser.add_argument("--site", type=Path, required=True, help="site YAML: where to run")
+    parser.add_argument("--run", required=True, help="name of the run that this step belongs to")
+    parser.add_argument("--stage", help="stage of the curriculum, for steps that have one")
+    parser.add_argument("--input", action="append", default=[], metavar="NAME=MANIFEST", help="manifest of an input; may be repeated")
+    parser.add_argument("--output", type=Path, required=True, help="where to put the manifest of the result")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        site = load_site(options.site)
+        recipe = load_recipe(options.recipe)
+        inputs = dict(_input(text, site) for text in options.input)
+        run_step(step_spec(options.step), recipe, site, run=check_run_name(options.run), stage=options.stage, inputs=inputs, output=options.output)
+    except UserError as error:
+        print(f"{options.step}: {error}", file=sys.stderr, flush=True)
+        return CONFIGURATION
+    except (StorageError, Stopped) as error:
+        print(f"{options.step}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return INFRASTRUCTURE
+    except Exception:
+        traceback.print_exc()
+        return FAILED
+    return DONE
+
+
+def run_step(spec: StepSpec, recipe: Recipe, site: Site, *, run: str, stage: str | None, inputs: dict[str, Manifest], output: Path) -> Manifest:
+    """Does one step, or finds it done, and copies its manifest to `output`. Keeps the run's record up to date."""
+    check_inputs(spec, stage=stage, recipe=recipe, inputs=inputs)
+    began, started_at = time.monotonic(), datetime.now(UTC).isoformat()
+    workspace = Workspace(site)
+    sources = None
+    if spec.sources:
+        from model_core.data.sources import source_fingerprint
+
+        sources = source_fingerprint(recipe, site)
+    address = Address(spec.name, stage, step_key(spec, recipe, stage=stage, inputs=inputs, sources=sources))
+    uri = f"{workspace.uri}/{address.prefix}"
+    label = spec.name if stage is None else f"{spec.name}-{stage}"
+    progress = Progress(label)
+
+    def record(status: str, *, reused: bool = False, error: str | None = None) -> None:
+        seconds = round(time.monotonic() - began, 3)
+        entry = StepRecord(spec.name, stage, address.key, status, seconds, reused, uri, started_at, error)  # type: ignore[arg-type]
+        write_step(workspace.storage, run, entry)
+
+    tracker = open_tracker(site.spool_folder, run=run, step=spec.name, stage=stage, key=address.key, experiment=site.tracking.experiment)
+    record("running")
+    try:
+        manifest = workspace.find(address)
+        reused = manifest is not None
+        if manifest is None:
+            claim = acquire(
+                workspace.storage,
+                f"{address.prefix}/claim.json",
+                finished=lambda: workspace.find(address) is not None,
+                on_lost=lambda: _lost_claim(label),
+                say=progress.say,
+            )
+            if claim is not None:
+                with claim:
+                    _set_threads(site.launch.profile(spec.name).threads)
+                    context = StepContext(
+                        recipe=recipe,
+                        site=site,
+                        stage=stage,
+                        run=run,
+                        key=address.key,
+                        inputs={name: InputFolder(parent, site=site) for name, parent in inputs.items()},
+                        output=workspace.output_folder(address),
+                        scratch=_folder(site.scratch_folder / "steps" / address.prefix),
+                        checkpoints=CheckpointStore(workspace.storage, f"{address.prefix}/{CHECKPOINTS}", progress.say),
+                        tracker=tracker,
+                        progress=progress,
+                    )
+                    stats = importlib.import_module(f"model_core.steps.{spec.name}").run(context)
+                    result = StepResult(stats=stats, code=code_version(), mlflow=TrackedRun(run_id=tracker.run_id()))
+                    manifest = workspace.commit(address, context.output, spec=spec, recipe=recipe, inputs=inputs, result=result)
+                    context.checkpoints.clear()
+                    shutil.rmtree(context.scratch)
+            manifest = manifest or workspace.find(address)
+        assert manifest is not None, "acquire returns None only when the manifest exists"
+        _report(tracker, manifest, inputs=inputs, reused=reused)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(manifest.to_bytes())
+    except BaseException as error:
+        record("failed", error=f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
+        tracker.end("KILLED" if isinstance(error, Stopped) else "FAILED")
+        raise
+    record("done", reused=reused)
+    tracker.end("FINISHED")
+    progress.say(f"{'reused' if reused else 'done'} in {time.monotonic() - began:.1f} s: {uri}")
+    return manifest
+
+
+def code_version() -> Code:
+    """The code that runs: package version, git commit of the checkout, image digest as the site's platform tells it."""
+    sha = os.environ.get("DARKROOM_GIT_SHA") or _git_sha()
+    return Code(version=version("darkroom"), git_sha=sha, image_digest=os.environ.get("DARKROOM_IMAGE_DIGEST"))
+
+
+def _git_sha() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # no git on this machine
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def _report(tracker: Tracker, manifest: Manifest, *, inputs: dict[str, Manifest], reused: bool) -> None:
+    """Tells tracking what the step took and left: edges of the lineage graph, and its numbers."""
+    tracker.tags({"stage_key": manifest.key, "reused": str(reused).lower(), "recipe.sha256": manifest.recipe_digest, "git.sha": manifest.code.git_sha or ""})
+    for name, parent in inputs.items():
+        tracker.tags({f"input/{name}": f"{parent.uri}#{parent.digest}"})
+        if parent.kind == "model":
+            tracker.model_input(parent.label, uri=parent.uri, digest=parent.digest)
+        else:
+            tracker.dataset(parent.label, digest=parent.digest, uri=parent.uri, context="input", rows=parent.stats.get("rows"))
+    if manifest.kind == "model":
+        tracker.model_output(manifest.label, uri=manifest.uri, digest=manifest.digest, params={})
+    else:
+        tracker.dataset(manifest.label, digest=manifest.digest, uri=manifest.uri, context="output", rows=manifest.stats.get("rows"))
+    numbers = {f"final/{name}": float(value) for name, value in manifest.stats.items() if isinstance(value, int | float)}
+    tracker.metrics(numbers, step=0)
+
+
+def _input(text: str, site: Site) -> tuple[str, Manifest]:
+    """NAME=PATH or NAME=URI of a manifest."""
+    name, equals, place = text.partition("=")
+    if not equals or not name or not place:
+        raise UserError(f"--input {text!r}: found no NAME=MANIFEST; an example is --input captions=/tmp/captions.json")
+    if "://" in place:
+        folder, _, file = place.rpartition("/")
+        return name, parse_manifest(open_storage(folder, site.s3).get(file), place)
+    try:
+        return name, parse_manifest(Path(place).read_bytes(), place)
+    except OSError as error:
+        raise UserError(f"--input {name}: {place} cannot be read ({error.strerror})") from error
+
+
+def _set_threads(threads: int | None) -> None:
+    """Before torch is imported: as many threads as the launch profile says, else as this process may use cores."""
+    os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
+
+
+def _lost_claim(label: str) -> NoReturn:
+    print(f"{label}: another process has taken this step over; stopping before two write one result", file=sys.stderr, flush=True)
+    os._exit(INFRASTRUCTURE)
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise Stopped("told to stop by SIGTERM; the same command goes on from the newest checkpoint")
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

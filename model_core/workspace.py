@@ -1,0 +1,207 @@
+"""Where a step's result lies: `<root>/<step>/<key>/`. Keys, claims, commits and reuse.
+
+A step is a pure function of the recipe sections it reads and of its inputs, so its key names its result: same key, same
+place. The manifest is written last and create-only; a claim with a heartbeat keeps two processes from writing one key.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from model_core.manifest import FILE_NAME, Code, FileEntry, Manifest, Parent, TrackedRun, file_entry, parse_manifest
+from model_core.recipe import Recipe, UserError, canonical_digest, section
+from model_core.site import Site
+from model_core.steps.registry import StepSpec
+from model_core.storage import NotFoundError, Storage, open_storage
+
+KEY_LENGTH = 16
+PRIVATE = ("claim.json", FILE_NAME)  # names in a step's folder that are not results
+CHECKPOINTS = "checkpoints"
+
+
+class InputFolder:
+    """The files of one input: fetched when first asked for, and checked against their sha256."""
+
+    def __init__(self, manifest: Manifest, *, site: Site) -> None:
+        self.manifest = manifest
+        self._storage = open_storage(manifest.uri, site.s3)
+        self._cache = site.scratch_folder / "inputs" / manifest.step / manifest.key
+        self._entries = {entry.path: entry for entry in manifest.files}
+        self._checked: set[str] = set()
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Paths of the files below `prefix`, in order."""
+        return sorted(name for name in self._entries if name.startswith(prefix))
+
+    def path(self, name: str) -> Path:
+        """A local file with the content that the manifest promises.
+
+        Raises UserError when the manifest names no such file, or the stored one is missing or has another content.
+        """
+        if name not in self._entries:
+            raise UserError(f"{self.manifest.uri}: no file {name!r} in its manifest; it holds {', '.join(self.names()) or 'none'}")
+        local = self._storage.local_path(name) or self._cache / name
+        if name not in self._checked:
+            if not (local.exists() and matches(local, self._entries[name])):
+                self._fetch(name, local)
+            self._checked.add(name)
+        return local
+
+    def folder(self, prefix: str) -> Path:
+        """A local folder with every file below `prefix`."""
+        names = self.names(prefix.rstrip("/") + "/")
+        if not names:
+            raise UserError(f"{self.manifest.uri}: no folder {prefix!r} in its manifest")
+        return [self.path(name) for name in names][0].parents[names[0].count("/") - prefix.rstrip("/").count("/") - 1]
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file."""
+        return json.loads(self.path(name).read_bytes())
+
+    def _fetch(self, name: str, local: Path) -> None:
+        where = f"{self.manifest.uri}/{name}"
+        if self._storage.local_path(name) is not None:
+            raise UserError(f"{where}: {'changed since it was written' if local.exists() else 'missing'}; its manifest promises other content")
+        try:
+            self._storage.download(name, local)
+        except NotFoundError as error:
+            raise UserError(f"{where}: missing; its manifest promises it") from error
+        if not matches(local, self._entries[name]):
+            local.unlink()
+            raise UserError(f"{where}: changed since it was written; its manifest promises other content")
+
+
+def matches(path: Path, entry: FileEntry) -> bool:
+    """Whether a local file has the size and sha256 of a manifest's entry."""
+    return path.stat().st_size == entry.bytes and file_entry(path.parent, path).sha256 == entry.sha256
+
+
+@dataclass(frozen=True)
+class Address:
+    """The place of one step's result in a workspace."""
+
+    step: str
+    stage: str | None
+    key: str
+
+    @property
+    def prefix(self) -> str:
+        """The folder, relative to the workspace's root."""
+        return f"{self.step}/{self.key}"
+
+
+def step_key(spec: StepSpec, recipe: Recipe, *, stage: str | None, inputs: Mapping[str, Manifest], sources: Any = None) -> str:
+    """First 16 hex of sha256(step, version, its recipe sections, input content digests, what the sources hold)."""
+    paths = [path.format(stage=stage) for path in spec.sections]
+    document = {
+        "step": spec.name,
+        "version": spec.version,
+        "stage": stage,
+        "recipe": {path: section(recipe, path) for path in paths},
+        "inputs": {name: manifest.content_digest for name, manifest in inputs.items()},
+        "sources": sources,
+    }
+    return canonical_digest(document)[:KEY_LENGTH]
+
+
+def check_inputs(spec: StepSpec, *, stage: str | None, recipe: Recipe, inputs: Mapping[str, Manifest]) -> None:
+    """Raises UserError when a stage or an input is missing, unknown or of the wrong kind."""
+    if spec.staged and stage not in recipe.mmdit.stages:
+        raise UserError(f"{spec.name}: found stage {stage!r}; allowed are {', '.join(recipe.stages)}")
+    if not spec.staged and stage is not None:
+        raise UserError(f"{spec.name}: found stage {stage!r}; this step has no stages")
+    for name in spec.inputs:
+        if name not in inputs:
+            raise UserError(f"{spec.name}: input {name} is missing; it takes {', '.join(spec.inputs)}")
+    for name in inputs:
+        if name not in (*spec.inputs, *spec.optional):
+            raise UserError(f"{spec.name}: found an input {name}; it takes {', '.join((*spec.inputs, *spec.optional))}")
+
+
+class Workspace:
+    """The results of all runs at one site."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.storage: Storage = open_storage(site.workspace_uri, site.s3)
+
+    @property
+    def uri(self) -> str:
+        """Root of the workspace."""
+        return self.storage.uri
+
+    def find(self, address: Address) -> Manifest | None:
+        """The manifest of a finished step, or None."""
+        path = f"{address.prefix}/{FILE_NAME}"
+        try:
+            return parse_manifest(self.storage.get(path), f"{self.uri}/{path}")
+        except NotFoundError:
+            return None
+
+    def manifests(self) -> Iterator[tuple[str, Manifest]]:
+        """Every manifest and its path in the workspace, sorted by path."""
+        for entry in self.storage.list():
+            if entry.path.endswith("/" + FILE_NAME) and entry.path.count("/") == 2:
+                yield entry.path, parse_manifest(self.storage.get(entry.path), f"{self.uri}/{entry.path}")
+
+    def output_folder(self, address: Address) -> Path:
+        """The empty local folder that a step writes its result to: the final place, or scratch for a remote workspace.
+
+        What an attempt that died has left is removed; its checkpoints stay.
+        """
+        folder = self.storage.local_path(address.prefix) or self.site.scratch_folder / "output" / address.prefix
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in folder.iterdir():
+            if entry.name in (*PRIVATE, CHECKPOINTS) or entry.name.startswith(".claim"):
+                continue
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return folder
+
+    def commit(self, address: Address, folder: Path, *, spec: StepSpec, recipe: Recipe, inputs: Mapping[str, Manifest], result: StepResult) -> Manifest:
+        """Hashes and stores the files in `folder`, then writes the manifest create-only.
+
+        When somebody else has committed this key meanwhile, theirs stands and is returned.
+        """
+        files = tuple(file_entry(folder, path) for path in result_files(folder))
+        manifest = Manifest(
+            kind=spec.kind,
+            step=address.step,
+            stage=address.stage,
+            key=address.key,
+            uri=f"{self.uri}/{address.prefix}",
+            files=files,
+            parents=tuple(Parent(name=name, step=parent.step, key=parent.key, digest=parent.digest) for name, parent in sorted(inputs.items())),
+            recipe_digest=recipe.digest(),
+            code=result.code,
+            stats=result.stats,
+            mlflow=result.mlflow,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        if self.storage.local_path(address.prefix) is None:
+            for entry in files:
+                self.storage.upload(f"{address.prefix}/{entry.path}", folder / entry.path)
+        self.storage.put(f"{address.prefix}/{FILE_NAME}", manifest.to_bytes(), create_only=True)
+        if self.storage.local_path(address.prefix) is None:
+            shutil.rmtree(folder)
+        return manifest
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a finished step says beside its files."""
+
+    stats: dict[str, Any]
+    code: Code
+    mlflow: TrackedRun = field(default_factory=TrackedRun)
+
+
+def result_files(folder: Path) -> list[Path]:
+    """The files of a result, sorted: all below `folder` but claims, manifests and checkpoints."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(path for path in found if path.relative_to(folder).parts[0] not in (*PRIVATE, CHECKPOINTS) and not path.name.startswith(".claim"))
