@@ -1,0 +1,51 @@
+"""AdamW with warm-up and clipping, as one object a training loop calls once a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def warmup_lr(step: int, *, lr: float, warmup_steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up to `lr`, then constant (R1 gives one number a stage)."""
+    return lr * min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], *, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: matrices and filters decay, vectors (norm scales, biases) do not."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+class Optimizer:
+    """AdamW (decoupled decay) with linear warm-up and clipping of the global gradient norm."""
+
+    def __init__(
+        self, model: nn.Module, *, lr: float, warmup_steps: int, betas: tuple[float, float], weight_decay: float, grad_clip: float
+    ) -> None:
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._adamw = torch.optim.AdamW(decay_groups(self._parameters, weight_decay=weight_decay), lr=lr, betas=betas, foreach=True)
+        self._lr, self._warmup_steps, self._grad_clip = lr, warmup_steps, grad_clip
+
+    def step(self, step: int) -> Tensor:
+        """Clips the gradients, takes optimizer step `step` and clears them; returns the gradient norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._grad_clip, foreach=True)
+        for group in self._adamw.param_groups:
+            group["lr"] = warmup_lr(step, lr=self._lr, warmup_steps=self._warmup_steps)
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments of every parameter."""
+        return self._adamw.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes up the moments that `state_dict` gave."""
+        self._adamw.load_state_dict(state)
