@@ -1,0 +1,160 @@
+"""Objects as files below a folder of this machine (or of a POSIX file system shared by several)."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from model_core.storage.errors import ConflictError, NotFoundError, StorageError
+from model_core.storage.protocol import Stat, check_path, check_prefix, check_range
+
+# Unfinished writes and the lock lie here, not beside the objects: whoever lists a step's folder sees finished files only.
+STAGING = ".staging"
+_HASHED_BYTES = 1 << 20  # documents are told apart by content; hashing a shard on each stat would read it whole
+
+
+class FileStorage:
+    """Storage below `root`; folders are made as needed."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.uri = "file://" + str(root).rstrip("/")
+
+    def get(self, path: str, *, start: int | None = None, length: int | None = None) -> bytes:
+        offset, count = check_range(start, length)
+        with self._errors(path), self._file(path).open("rb") as file:
+            file.seek(offset)
+            return file.read(-1 if count is None else count)
+
+    def put(self, path: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> str:
+        target = self._file(path)
+        with self._errors(path), self._staged() as staged:
+            _write_synced(staged, data)
+            with self._lock():
+                if if_match is not None and (not target.is_file() or _etag(target) != if_match):
+                    raise ConflictError(f"{self.uri}/{path}: was changed by another writer")
+                self._publish(staged, target, create_only=create_only)
+                return _etag(target)
+
+    def upload(self, path: str, source: Path) -> None:
+        target = self._file(path)
+        if source.resolve(strict=True) == target.resolve():
+            return
+        with self._errors(path), self._staged() as staged:
+            shutil.copyfile(source, staged)
+            _sync(staged)
+            with self._lock():
+                self._publish(staged, target, create_only=False)
+
+    def download(self, path: str, target: Path) -> None:
+        source = self._file(path)
+        if source.resolve() == target.resolve():
+            self.stat(path)
+            return
+        with self._errors(path):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+            try:
+                shutil.copyfile(source, partial)
+                _sync(partial)
+                partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def stat(self, path: str) -> Stat:
+        file = self._file(path)
+        with self._errors(path):
+            return Stat(path, file.stat().st_size, _etag(file))
+
+    def list(self, prefix: str = "") -> Iterator[Stat]:
+        folder = self.root / check_prefix(prefix).rpartition("/")[0]
+        found = []
+        for parent, folders, names in os.walk(folder):
+            if Path(parent) == self.root and STAGING in folders:
+                folders.remove(STAGING)
+            found += [(Path(parent) / name).relative_to(self.root).as_posix() for name in names]
+        for path in sorted((path for path in found if path.startswith(prefix)), key=os.fsencode):
+            try:
+                yield self.stat(path)
+            except NotFoundError:  # deleted since the walk
+                continue
+
+    def delete(self, path: str) -> None:
+        with self._errors(path), self._lock():
+            self._file(path).unlink(missing_ok=True)
+
+    def local_path(self, path: str) -> Path | None:
+        return self._file(path)
+
+    def _file(self, path: str) -> Path:
+        if check_path(path).split("/")[0] == STAGING:
+            raise ValueError(f"{path!r} is no object path; {STAGING} is the store's own folder")
+        return self.root / path
+
+    def _publish(self, staged: Path, target: Path, *, create_only: bool) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if create_only:
+            try:
+                os.link(staged, target)  # fails on an existing name, which rename would replace
+            except FileExistsError as error:
+                raise ConflictError(f"{self.uri}/{target.relative_to(self.root).as_posix()}: exists already") from error
+        else:
+            staged.replace(target)
+        _sync(target.parent)
+
+    @contextmanager
+    def _staged(self) -> Iterator[Path]:
+        """A free name for a write that is not finished; what is left under it is removed."""
+        staged = self.root / STAGING / secrets.token_hex(8)
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield staged
+        finally:
+            staged.unlink(missing_ok=True)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One writer at a time, over all processes: makes compare-and-swap and delete safe against each other."""
+        path = self.root / STAGING / "lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise NotFoundError(f"{self.uri}/{path}: not found") from error
+        except OSError as error:
+            raise StorageError(f"{self.uri}/{path}: {error.strerror or error}") from error
+
+
+def _etag(file: Path) -> str:
+    status = file.stat()
+    if status.st_size > _HASHED_BYTES:
+        return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _write_synced(file: Path, data: bytes) -> None:
+    with file.open("xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
