@@ -1,0 +1,120 @@
+"""Starts a step's processes where the site says, and follows them.
+
+Everything passes through files and the command line of `python -m model_core`, so that what runs in a pod, under a
+launcher or on a laptop is the same program. Standard library only: a step's pod must not pay for imports it does not use.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from components.launch.local import INFRASTRUCTURE, RUN_FOLDER, Outcome, run_process
+from components.launch.parameters import from_parameter
+
+CONFIGURATION, FAILED = 10, 30  # exit codes of `python -m model_core`
+MEANINGS = {
+    CONFIGURATION: "refused its configuration; running it again changes nothing",
+    INFRASTRUCTURE: "lost its machine, storage or network; running it again goes on from its newest checkpoint",
+    FAILED: "failed",
+}
+FAILURE_FILE = "failure.json"
+
+Scheduler = Callable[[list[str]], Outcome]
+SCHEDULERS: dict[str, Scheduler] = {"local_cwd": run_process}
+
+
+class StepError(RuntimeError):
+    """A step's processes ended without a result; `code` is the exit code, the text says what that means."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class MetricSink(Protocol):
+    """A Kubeflow Metrics artifact, or anything else that takes named numbers."""
+
+    def log_metric(self, metric: str, value: float) -> None:
+        """Keeps one number."""
+
+
+def run_step(
+    step: str,
+    *,
+    recipe: Mapping[str, Any],
+    site: Mapping[str, Any],
+    run: str,
+    inputs: Mapping[str, str | None],
+    output: str,
+    stage: str | None = None,
+    metrics: MetricSink | None = None,
+    page: str | None = None,
+) -> None:
+    """Runs one step to its end: afterwards its manifest lies at `output`.
+
+    `inputs` are paths of manifests by name; None stands for an optional one that is absent. The numbers among the
+    result's statistics go to `metrics`, its report.html to the file `page`. Raises StepError when the step fails.
+    """
+    label = step if stage is None else f"{step}-{stage}"
+    recipe, site = from_parameter(recipe), from_parameter(site)
+    with tempfile.TemporaryDirectory(prefix=f"darkroom-{label}-") as folder:
+        recipe_path, site_path = Path(folder, "recipe.yaml"), Path(folder, "site.yaml")
+        recipe_path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
+        site_path.write_text(json.dumps(site), encoding="utf-8")
+        argv = [sys.executable, "-m", "model_core", step, "--recipe", str(recipe_path), "--site", str(site_path), "--run", run]
+        argv += [] if stage is None else ["--stage", stage]
+        for name, path in inputs.items():
+            argv += [] if path is None else ["--input", f"{name}={path}"]
+        outcome = scheduler(site, step)([*argv, "--output", output])
+    if outcome.code != 0:
+        message = failure_text(label, outcome)
+        _tell_run(label, message, outcome.code)
+        raise StepError(message, outcome.code)
+    if metrics is not None:
+        for name, value in json.loads(Path(output).read_bytes())["stats"].items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                metrics.log_metric(name, float(value))
+    if page is not None:
+        _copy_page(site, output, page)
+
+
+def scheduler(site: Mapping[str, Any], step: str) -> Scheduler:
+    """What starts this step's processes, as its launch profile at the site says; raises StepError for an unknown one."""
+    launch = site.get("launch", {})
+    profile = launch.get("steps", {}).get(step) or launch.get("default", {})
+    name = profile.get("scheduler", "local_cwd")
+    if name not in SCHEDULERS:
+        raise StepError(
+            f"{step}: found scheduler {name!r} in the site's launch profile; allowed are {', '.join(SCHEDULERS)}", CONFIGURATION
+        )
+    return SCHEDULERS[name]
+
+
+def failure_text(label: str, outcome: Outcome) -> str:
+    """What failed, what that means for a second try, and the step's last lines."""
+    if outcome.abandoned:
+        meaning = "was stopped because `darkroom run` is gone"
+    elif outcome.code < 0:
+        meaning = f"was killed by signal {-outcome.code}" + (" (the machine may have run out of memory)" if outcome.code == -9 else "")
+    else:
+        meaning = f"{MEANINGS.get(outcome.code, 'failed')} (exit code {outcome.code})"
+    return "\n".join([f"{label} {meaning}. Its last lines:", *outcome.tail])
+
+
+def _tell_run(label: str, message: str, code: int) -> None:
+    folder = os.environ.get(RUN_FOLDER)
+    if folder and Path(folder).is_dir():
+        Path(folder, FAILURE_FILE).write_text(json.dumps({"step": label, "code": code, "message": message}), encoding="utf-8")
+
+
+def _copy_page(site: Mapping[str, Any], output: str, page: str) -> None:
+    from model_core.manifest import parse_manifest
+    from model_core.site import parse_site
+    from model_core.workspace import InputFolder
+
+    result = InputFolder(parse_manifest(Path(output).read_bytes(), output), site=parse_site(dict(site), "site"))
+    Path(page).write_bytes(result.path("report.html").read_bytes())

@@ -1,0 +1,43 @@
+"""The component of the step register_model; what it does is in model_core/steps/register_model.py."""
+
+from typing import Any
+
+from kfp import dsl
+from kfp.dsl import Artifact, Input, Model, Output
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
+def register_model(
+    recipe: dict[str, Any],
+    site: dict[str, Any],
+    run: str,
+    model: Input[Model],
+    vae: Input[Model],
+    encoder: Input[Model],
+    evaluation: Input[Artifact],
+    manifest: Output[Model],
+) -> None:
+    """Registers the trained model with its parts and scores under the recipe's name and alias.
+
+    Args:
+        recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).
+        site: Where to run: the whole site as a mapping (model_core/site.py).
+        run: Name of the run that this step belongs to.
+        model: Manifest of train_mmdit of the last stage.
+        vae: Manifest of train_vae: the autoencoder's weights.
+        encoder: Manifest of prepare_encoder: the frozen condition encoder.
+        evaluation: Manifest of evaluate_model: scores and fixed-seed grids.
+        manifest: Where the manifest of the result goes. The registered version: name, alias and the parts it names.
+    """
+    from components.launch import run_step
+
+    run_step(
+        "register_model",
+        recipe=recipe,
+        site=site,
+        run=run,
+        inputs={"model": model.path, "vae": vae.path, "encoder": encoder.path, "evaluation": evaluation.path},
+        output=manifest.path,
+    )

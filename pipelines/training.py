@@ -1,0 +1,61 @@
+"""The training DAG, written once: raw images to a registered model and its report."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kfp import dsl
+
+from components.build_edits import build_edits
+from components.caption_images import caption_images
+from components.encode_latents import encode_latents
+from components.evaluate_model import evaluate_model
+from components.filter_images import filter_images
+from components.ingest_images import ingest_images
+from components.prepare_encoder import prepare_encoder
+from components.publish_report import publish_report
+from components.register_model import register_model
+from components.render_text import render_text
+from components.train_mmdit import train_mmdit
+from components.train_vae import train_vae
+
+NAME = "darkroom-training"
+
+
+def training_pipeline(stages: Sequence[str], *, image: str) -> Callable[..., Any]:
+    """The DAG for a curriculum of `stages`, every step in `image`, as a compiled Kubeflow pipeline.
+
+    Its shape depends on the stages alone. The recipe and the site are arguments of a run, so a changed learning rate
+    makes no new pipeline version. Kubeflow caches no step: the workspace's keys decide what need not run again.
+    """
+
+    def wire(recipe: dict[str, Any], site: dict[str, Any], run: str) -> None:
+        common = {"recipe": recipe, "site": site, "run": run}
+
+        def step(component: Any, stage: str | None = None, **inputs: Any) -> Any:
+            name = component.python_func.__name__
+            task = component(**common, **({} if stage is None else {"stage": stage}), **inputs)
+            task.set_caching_options(enable_caching=False)
+            task.set_container_image(image)
+            task.set_display_name(name if stage is None else f"{name}-{stage}")
+            return task.outputs["manifest"]
+
+        images = step(ingest_images)
+        text_images = step(render_text, images=images)
+        edits = step(build_edits, images=images)
+        raw = {"images": images, "text_images": text_images, "edits": edits}
+        kept = {}
+        for stage, before in zip(stages, [None, *stages], strict=False):
+            kept[stage] = step(filter_images, stage, **raw, **({} if before is None else {"previous": kept[before]}))
+        captions = step(caption_images, kept=kept[stages[0]], **raw)
+        encoder = step(prepare_encoder, captions=captions, edits=edits)
+        vae = step(train_vae, kept=kept[stages[0]], **raw)
+        model: dict[str, Any] = {}
+        for stage in stages:
+            latents = step(encode_latents, stage, kept=kept[stage], captions=captions, vae=vae, **raw)
+            model = {"previous": step(train_mmdit, stage, latents=latents, encoder=encoder, **model)}
+        trained = model["previous"]
+        evaluation = step(evaluate_model, model=trained, vae=vae, encoder=encoder, captions=captions, images=images, edits=edits)
+        registration = step(register_model, model=trained, vae=vae, encoder=encoder, evaluation=evaluation)
+        step(publish_report, model=trained, vae=vae, evaluation=evaluation, registration=registration)
+
+    return dsl.pipeline(name=NAME, description="From raw images to a model that draws and edits, and its report.")(wire)
