@@ -1,0 +1,186 @@
+"""Raw shards: pictures as they came, with what is known of them, in parquet (docs: training-core, shard format).
+
+`shards/part-00000.parquet`, ... hold the rows; `index.json` lists them. Equal rows give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from model_core.data.keys import keyed_uniform
+from model_core.recipe import UserError
+
+FORMAT = b"darkroom-raw-1"
+ROW_GROUP_BYTES = 16 * 2**20
+SHARD_BYTES = 256 * 2**20
+HELD_OUT_SHARE = 1 / 20
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.binary(16)),
+        ("kind", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("image", pa.large_binary()),
+        ("references", pa.list_(pa.large_binary())),
+        ("instruction", pa.string()),
+        ("operation", pa.string()),
+        ("caption", pa.string()),
+        ("annotation", pa.string()),
+        ("phash", pa.uint64()),
+        ("provenance", pa.string()),
+        ("licence", pa.string()),
+        ("held_out", pa.bool_()),
+    ],
+    metadata={"format": FORMAT},
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawRow:
+    """One picture. For an edit, `image` is the target and `references` are the sources; else there are none."""
+
+    sample_id: bytes = b""
+    kind: str = "image"
+    width: int = 0
+    height: int = 0
+    image: bytes = b""
+    references: Sequence[bytes] = ()
+    instruction: str = ""
+    operation: str = ""
+    caption: str = ""
+    annotation: str = "{}"
+    phash: int = 0
+    provenance: str = ""
+    licence: str = ""
+    held_out: bool = False
+
+    def notes(self) -> dict[str, Any]:
+        """The annotation as a mapping."""
+        document: dict[str, Any] = json.loads(self.annotation)
+        return document
+
+
+class Folder(Protocol):
+    """What rows are read from: an input of a step, or a plain local folder."""
+
+    def path(self, name: str) -> Path: ...
+
+    def read_json(self, name: str) -> Any: ...
+
+
+def make_row(image: Image.Image, *, kind: str, references: Sequence[Image.Image] = (), **known: Any) -> RawRow:
+    """A row with its id (content hash), size, perceptual hash and held-out mark filled in."""
+    from model_core.data.phash import perceptual_hash
+
+    data, sources = encode_image(image), [encode_image(reference) for reference in references]
+    digest = hashlib.sha256(data)
+    for part in (known.get("caption", ""), known.get("instruction", ""), *sources):
+        digest.update(hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest())
+    sample_id = digest.digest()[:16]
+    return RawRow(
+        sample_id=sample_id,
+        kind=kind,
+        width=image.width,
+        height=image.height,
+        image=data,
+        references=sources,
+        phash=perceptual_hash(image),
+        held_out=keyed_uniform("held out row", sample_id) < HELD_OUT_SHARE,
+        **known,
+    )
+
+
+def encode_image(image: Image.Image) -> bytes:
+    """Lossless PNG bytes; equal pictures give equal bytes."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """The RGB picture in `data`."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def write_rows(folder: Path, rows: Iterable[RawRow]) -> int:
+    """Writes shards and `index.json` below `folder`; returns the number of rows."""
+    index: list[dict[str, Any]] = []
+    writer: pq.ParquetWriter | None = None
+    written = 0
+
+    def flush(group: list[RawRow]) -> None:
+        nonlocal writer, written
+        if writer is None:
+            name = f"shards/part-{len(index):05d}.parquet"
+            (folder / "shards").mkdir(parents=True, exist_ok=True)
+            writer = pq.ParquetWriter(
+                folder / name, SCHEMA, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+            )
+            index.append({"path": name, "rows": 0})
+        writer.write_table(pa.Table.from_pylist([_as_dict(row) for row in group], schema=SCHEMA))
+        index[-1]["rows"] += len(group)
+        written += sum(_bytes(row) for row in group)
+        if written >= SHARD_BYTES:
+            writer.close()
+            writer, written = None, 0
+
+    group: list[RawRow] = []
+    group_bytes = 0
+    for row in rows:
+        group.append(row)
+        group_bytes += _bytes(row)
+        if group_bytes >= ROW_GROUP_BYTES:
+            flush(group)
+            group, group_bytes = [], 0
+    if group or not index:
+        flush(group)
+    if writer is not None:
+        writer.close()
+    total = sum(shard["rows"] for shard in index)
+    (folder / "index.json").write_text(json.dumps({"rows": total, "shards": index}, indent=1) + "\n")
+    return total
+
+
+def read_rows(folder: Folder, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
+    """Rows in order, one row group in memory at a time; with `columns`, the other fields keep their defaults."""
+    for shard in folder.read_json("index.json")["shards"]:
+        path = folder.path(shard["path"])
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        if (file.schema_arrow.metadata or {}).get(b"format") != FORMAT:
+            raise UserError(f"{path}: found shard format {(file.schema_arrow.metadata or {}).get(b'format')!r}; allowed is {FORMAT!r}")
+        for group in range(file.num_row_groups):
+            for row in file.read_row_group(group, columns=None if columns is None else list(columns)).to_pylist():
+                yield RawRow(**row)
+
+
+def read_kept_rows(kept: Folder, inputs: Mapping[str, Folder], *, kinds: Sequence[str] | None = None) -> Iterator[RawRow]:
+    """The rows that `kept.parquet` lists, of the given kinds (None: all), input by input in their stored order."""
+    table = pq.read_table(kept.path("kept.parquet"), columns=["sample_id", "kind", "input"])
+    chosen = np.array([kinds is None or kind in kinds for kind in table["kind"].to_pylist()], dtype=bool)
+    wanted: dict[str, set[bytes]] = {}
+    for sample_id, source in zip(table["sample_id"].filter(pa.array(chosen)).to_pylist(), table["input"].filter(pa.array(chosen)).to_pylist(), strict=True):
+        wanted.setdefault(source, set()).add(sample_id)
+    for source in sorted(wanted):
+        for row in read_rows(inputs[source]):
+            if row.sample_id in wanted[source]:
+                yield row
+
+
+def _as_dict(row: RawRow) -> dict[str, Any]:
+    return {field.name: getattr(row, field.name) for field in fields(row)}
+
+
+def _bytes(row: RawRow) -> int:
+    return len(row.image) + sum(len(reference) for reference in row.references)
