@@ -1,9 +1,10 @@
 """The training DAG, written once: raw images to a registered model and its report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from kfp import dsl
+from kfp.dsl.graph_component import GraphComponent
 
 from components.build_edits import build_edits
 from components.caption_images import caption_images
@@ -21,7 +22,7 @@ from components.train_vae import train_vae
 NAME = "darkroom-training"
 
 
-def training_pipeline(stages: Sequence[str], *, image: str) -> Callable[..., Any]:
+def training_pipeline(stages: Sequence[str], *, image: str) -> GraphComponent:
     """The DAG for a curriculum of `stages`, every step in `image`, as a compiled Kubeflow pipeline.
 
     Its shape depends on the stages alone. The recipe and the site are arguments of a run, so a changed learning rate
@@ -43,7 +44,7 @@ def training_pipeline(stages: Sequence[str], *, image: str) -> Callable[..., Any
         text_images = step(render_text, images=images)
         edits = step(build_edits, images=images)
         raw = {"images": images, "text_images": text_images, "edits": edits}
-        kept = {}
+        kept: dict[str, Any] = {}
         for stage, before in zip(stages, [None, *stages], strict=False):
             kept[stage] = step(filter_images, stage, **raw, **({} if before is None else {"previous": kept[before]}))
         captions = step(caption_images, kept=kept[stages[0]], **raw)
@@ -58,4 +59,5 @@ def training_pipeline(stages: Sequence[str], *, image: str) -> Callable[..., Any
         registration = step(register_model, model=trained, vae=vae, encoder=encoder, evaluation=evaluation)
         step(publish_report, model=trained, vae=vae, evaluation=evaluation, registration=registration)
 
-    return dsl.pipeline(name=NAME, description="From raw images to a model that draws and edits, and its report.")(wire)
+    pipeline: GraphComponent = dsl.pipeline(name=NAME, description="From raw images to a model that draws and edits, and its report.")(wire)
+    return pipeline

@@ -23,7 +23,7 @@ MEANINGS = {
 }
 FAILURE_FILE = "failure.json"
 
-Scheduler = Callable[[list[str]], Outcome]
+Scheduler = Callable[[list[str], str], Outcome]  # takes the command and the step's label
 SCHEDULERS: dict[str, Scheduler] = {"local_cwd": run_process}
 
 
@@ -69,10 +69,10 @@ def run_step(
         argv += [] if stage is None else ["--stage", stage]
         for name, path in inputs.items():
             argv += [] if path is None else ["--input", f"{name}={path}"]
-        outcome = scheduler(site, step)([*argv, "--output", output])
+        outcome = scheduler(site, step)([*argv, "--output", output], label)
     if outcome.code != 0:
         message = failure_text(label, outcome)
-        _tell_run(label, message, outcome.code)
+        _tell_run(code=outcome.code, reason=outcome.tail[-1] if outcome.tail else message, message=message)
         raise StepError(message, outcome.code)
     if metrics is not None:
         for name, value in json.loads(Path(output).read_bytes())["stats"].items():
@@ -105,10 +105,10 @@ def failure_text(label: str, outcome: Outcome) -> str:
     return "\n".join([f"{label} {meaning}. Its last lines:", *outcome.tail])
 
 
-def _tell_run(label: str, message: str, code: int) -> None:
+def _tell_run(**failure: Any) -> None:
     folder = os.environ.get(RUN_FOLDER)
     if folder and Path(folder).is_dir():
-        Path(folder, FAILURE_FILE).write_text(json.dumps({"step": label, "code": code, "message": message}), encoding="utf-8")
+        Path(folder, FAILURE_FILE).write_text(json.dumps(failure), encoding="utf-8")
 
 
 def _copy_page(site: Mapping[str, Any], output: str, page: str) -> None:

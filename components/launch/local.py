@@ -15,7 +15,7 @@ from types import FrameType
 
 RUN_FOLDER = "DARKROOM_RUN_FOLDER"  # set by `darkroom run`: the folder it shares with the steps that it starts
 ALIVE_FILE = "alive.lock"  # in the run's folder: `darkroom run` holds a lock on it for as long as it lives
-LINE_MARK = "\x1e"  # opens each line of a step, so that `darkroom run` can tell it from Kubeflow's own
+LINE_MARK = "\x1e"  # before and after the label that opens each line of a step, for `darkroom run` to tell it from Kubeflow's own
 TAIL_LINES = 15
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0
@@ -32,7 +32,7 @@ class Outcome:
     abandoned: bool = False
 
 
-def run_process(argv: list[str]) -> Outcome:
+def run_process(argv: list[str], label: str) -> Outcome:
     """Runs `argv` to its end, forwarding each line at once, and SIGTERM and SIGINT as SIGTERM.
 
     The process never outlives its starter: the kernel kills it when this process dies (Linux), and it is stopped
@@ -62,7 +62,7 @@ def run_process(argv: list[str]) -> Outcome:
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     try:
         assert process.stdout is not None
-        write = _writer(LINE_MARK if folder else "")
+        write = _writer(f"{LINE_MARK}{label}{LINE_MARK}" if folder else "")
         for line in process.stdout:
             tail.append(line.rstrip("\n"))
             write(line)

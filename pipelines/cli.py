@@ -1,0 +1,184 @@
+"""The command line: `darkroom COMMAND`. Exit codes: 0 done, 2 a user's mistake, 1 the rest."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from model_core.recipe import UserError
+from model_core.storage.errors import StorageError
+from pipelines.documents import DEFAULT_SITE, find_recipe, find_site
+from pipelines.errors import RunError, Stopped
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Trains a model that draws from text and edits by instruction, from raw images to a registered model.",
+)
+out = Console(soft_wrap=True, highlight=False)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="smoke, demo, or the path of a recipe's YAML.")]
+SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="local, or the path of a site's YAML.")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Sets one field of the recipe; may be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON, for a script.")]
+
+
+def main() -> None:
+    """Runs the command line: the one place where errors become sentences and exit codes."""
+    try:
+        app(prog_name="darkroom")
+    except UserError as error:
+        _fail(str(error), 2)
+    except (RunError, StorageError) as error:
+        _fail(str(error), 1)
+    except (Stopped, KeyboardInterrupt):
+        _fail("stopped; the same command goes on from there", 1)
+
+
+@app.command(epilog="Example: darkroom run demo --set mmdit.stages.S6.lr=1e-5")
+def run(
+    recipe: RecipeName,
+    site: SiteName = DEFAULT_SITE,
+    assignments: Assignments = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run; RECIPE-TIME when not given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Shows what would run and what would be reused, and stops.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Runs a recipe on this machine: every step that is not done yet, to the report."""
+    what, where = find_recipe(recipe, assignments or ()), find_site(site)
+    from pipelines.run import check_before_run, run_training
+
+    if dry_run:
+        from pipelines.plan import plan_run
+        from pipelines.show import plan_table
+
+        check_before_run(what, where)
+        plan = plan_run(what, where)
+        _show([entry.to_json() for entry in plan] if as_json else plan_table(plan))
+        return
+    from pipelines.show import card
+
+    lines = Console(stderr=as_json, soft_wrap=True, highlight=False)
+    finished = run_training(what, where, name=name, say=lambda line: lines.print(line, markup=False))
+    _show(card(finished, where, as_json=as_json, site_name=site))
+
+
+@app.command(epilog="Example: darkroom compile demo -o pipeline.yaml")
+def compile(
+    recipe: RecipeName,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The YAML file to write.")] = Path("pipeline.yaml"),
+    site: SiteName = DEFAULT_SITE,
+    assignments: Assignments = None,
+) -> None:
+    """Writes the DAG for Kubeflow Pipelines; it depends on the recipe's list of stages and on the site's image alone."""
+    stages, image = find_recipe(recipe, assignments or ()).stages, find_site(site).image
+    from pipelines.compile import compile_training
+
+    try:
+        compile_training(stages, image=image, output=output)
+    except OSError as error:
+        raise UserError(f"compile: --output {output}: cannot be written ({error.strerror})") from error
+    typer.echo(f"wrote {output}")
+
+
+@app.command(epilog='Example: darkroom sample demo-20261121-093000 "a red circle on the left with the text A7" --seed 1')
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's name, or path or uri of a manifest.json or its folder.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, or with --image how to change it.")],
+    images: Annotated[list[Path] | None, typer.Option("--image", help="A picture to edit, or to take from; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same picture.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the sampler; the recipe's when not given.")] = None,
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Multiples of 16; the last stage's when not given.")] = None,
+    output: Annotated[Path, typer.Option("--out", "-o", help="A PNG file, or a folder for several prompts.")] = Path("sample.png"),
+    site: SiteName = DEFAULT_SITE,
+    as_json: AsJson = False,
+) -> None:
+    """Draws pictures with a trained model: a PNG for each prompt, the same bytes for the same seed."""
+    where = find_site(site)
+    from pipelines.sample import draw
+
+    written = draw(where, model, prompts, images=images or [], seed=seed, steps=steps, size=size, output=output)
+    _show([str(path) for path in written] if as_json else "\n".join(f"wrote {path}" for path in written))
+
+
+@app.command(epilog="Example: darkroom report demo-20261121-093000")
+def report(
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="Name of a run; the newest when not given.")] = None,
+    site: SiteName = DEFAULT_SITE,
+    as_json: AsJson = False,
+) -> None:
+    """Shows what a run made: its steps, its scores, and where its report lies."""
+    where = find_site(site)
+    from pipelines.show import card, newest_run
+
+    _show(card(run or newest_run(where), where, as_json=as_json, site_name=site))
+
+
+@app.command(epilog="Example: darkroom ui --port 5001")
+def ui(
+    site: SiteName = DEFAULT_SITE,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of this machine to serve on.")] = 5000,
+) -> None:
+    """Opens the site's history in MLflow: curves, parameters, lineage and registered models."""
+    where = find_site(site)
+    from pipelines.ui import serve
+
+    sys.exit(serve(where, port=port))
+
+
+@app.command(epilog="Example: darkroom verify ./workspace")
+def verify(
+    place: Annotated[str, typer.Argument(metavar="URI", help="A manifest.json, the folder of one, or a workspace.")],
+    site: SiteName = DEFAULT_SITE,
+    as_json: AsJson = False,
+) -> None:
+    """Reads every file that a manifest names again, and compares it with the digest written there."""
+    where = find_site(site)
+    from pipelines.verify import verify as read_again
+
+    result = read_again(place, where)
+    for finding in result.findings:
+        typer.echo(f"{finding.problem}: {finding.uri}", err=True)
+    amount = f"{result.num_manifests} manifests, {result.num_files} files, {result.num_bytes / 2**20:.1f} MiB"
+    _show(asdict(result) if as_json else f"{amount}: {len(result.findings)} not as promised")
+    if result.findings:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: darkroom doctor --site my-site.yaml")
+def doctor(site: SiteName = DEFAULT_SITE, as_json: AsJson = False) -> None:
+    """Looks at this machine and a site, and says what a run would lack and how to mend it."""
+    where = find_site(site)
+    from pipelines.doctor import examine
+    from pipelines.show import check_table
+
+    checks = examine(where)
+    _show([asdict(check) for check in checks] if as_json else check_table(checks))
+    if not all(check.is_well for check in checks):
+        raise typer.Exit(1)
+
+
+def _show(value: Any) -> None:
+    """JSON for lists and mappings, else text or a table for people."""
+    if isinstance(value, list | dict):
+        typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    elif isinstance(value, str):
+        typer.echo(value)
+    else:
+        out.print(value)
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    typer.echo(f"darkroom: {sentence}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

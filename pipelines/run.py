@@ -1,0 +1,144 @@
+"""`darkroom run`: the training DAG on this machine, by kfp.local, with tracking at its side."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from kfp import local
+
+from components.launch import CONFIGURATION, FAILURE_FILE
+from components.launch.local import ALIVE_FILE, RUN_FOLDER
+from components.launch.parameters import to_parameter
+from model_core.recipe import Recipe, UserError
+from model_core.run_record import RunRecord, check_run_name, write_run
+from model_core.site import Site
+from model_core.workspace import Workspace
+from pipelines.errors import RunError, Stopped
+from pipelines.output import StepLines
+from pipelines.training import training_pipeline
+
+
+def run_name(recipe: Recipe, now: datetime) -> str:
+    """The name of a run that was given none: recipe and time, UTC."""
+    return f"{recipe.name}-{now.astimezone(UTC):%Y%m%d-%H%M%S}"
+
+
+def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Callable[[str], None]) -> str:
+    """Runs every step that is not done yet, and returns the run's name; `say` is given each line of a step.
+
+    Raises UserError for a mistake in the recipe, the site or a source, before any work where that can be known, and
+    RunError when a step fails. What has been done stays: the same call goes on from there.
+    """
+    started = datetime.now(UTC)
+    run = check_run_name(name or run_name(recipe, started))
+    check_before_run(recipe, site)
+    workspace = Workspace(site)
+    pipeline = training_pipeline(recipe.stages, image="python")
+    num_steps = len(pipeline.pipeline_spec.root.dag.tasks)
+    lines = StepLines(num_steps, say)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="darkroom-run-")))
+        stack.enter_context(_alive(folder))
+        write_run(workspace.storage, RunRecord(run, recipe.model_dump(mode="json"), recipe.digest(), started.isoformat()))
+        finish_tracking = stack.enter_context(_drainer(site))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # kfp.local warns of each setting that only a cluster has
+        local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "kfp"))
+        arguments = {"recipe": to_parameter(recipe.model_dump(mode="json")), "site": to_parameter(site.model_dump(mode="json")), "run": run}
+        try:
+            with redirect_stdout(lines):
+                pipeline(**arguments)
+        except RuntimeError as error:
+            raise _failure(folder, lines, error) from None
+        finish_tracking()
+    return run
+
+
+def check_before_run(recipe: Recipe, site: Site) -> None:
+    """Raises UserError when a source cannot be read, a path of the recipe is missing or the workspace cannot be written."""
+    from model_core.data.sources import check_sources
+
+    check_sources(recipe, site)
+    for field, path in (("encoder.path", recipe.encoder.path), ("vae.path", recipe.vae.path), ("mmdit.path", recipe.mmdit.path)):
+        if path is not None and not Path(path).expanduser().is_dir():
+            raise UserError(f"recipe {recipe.name}: {field}: found {path!r}; allowed is a folder with weights")
+    check_workspace(site)
+
+
+def check_workspace(site: Site) -> None:
+    """Raises UserError when the workspace cannot be written to."""
+    from model_core.storage import StorageError
+
+    probe = f".probe-{os.getpid()}"
+    try:
+        storage = Workspace(site).storage
+        storage.put(probe, b"")
+        storage.delete(probe)
+    except (OSError, StorageError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(f"site: workspace: found {site.workspace}, which cannot be written to ({reason})") from error
+
+
+@contextmanager
+def _alive(folder: Path) -> Iterator[None]:
+    """Holds the lock by which steps know that this process lives; the kernel drops it even after kill -9.
+
+    SIGTERM and Ctrl-C drop it too, so that the step at work stops, and then leave by way of every context.
+    """
+    with (folder / ALIVE_FILE).open("wb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+
+        def stop(_signal: int, _frame: FrameType | None) -> NoReturn:
+            fcntl.flock(stream, fcntl.LOCK_UN)
+            raise Stopped
+
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        os.environ[RUN_FOLDER] = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ[RUN_FOLDER]
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _drainer(site: Site) -> Iterator[Callable[[], None]]:
+    """Tells MLflow what the steps spool for as long as the run lasts; the value, when called, waits for the rest to be told."""
+    site.spool_folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "model_core.tracking.drain", "--spool", str(site.spool_folder), "--uri", site.tracking_uri]
+    process = subprocess.Popen([*command, "--follow", str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def finish() -> None:
+        process.terminate()
+        process.wait()  # it gives up by itself, and says so, when the server stays away
+
+    try:
+        yield finish
+    finally:
+        if process.poll() is None:
+            process.terminate()  # a run that failed does not wait for it
+
+
+def _failure(folder: Path, lines: StepLines, error: RuntimeError) -> Exception:
+    """What a user is told when the DAG failed: the step's own words, else the last lines of Kubeflow's executor."""
+    try:
+        told: dict[str, Any] = json.loads((folder / FAILURE_FILE).read_bytes())
+    except FileNotFoundError:
+        return RunError("\n".join([*lines.other, str(error)]))
+    if told["code"] == CONFIGURATION:
+        return UserError(told["reason"])
+    return RunError(told["message"])
