@@ -15,7 +15,7 @@ from types import FrameType
 
 RUN_FOLDER = "DARKROOM_RUN_FOLDER"  # set by `darkroom run`: the folder it shares with the steps that it starts
 ALIVE_FILE = "alive.lock"  # in the run's folder: `darkroom run` holds a lock on it for as long as it lives
-LINE_MARK = "\x1e"  # before and after the label that opens each line of a step, for `darkroom run` to tell it from Kubeflow's own
+LINE_MARK = "\x1f"  # before and after the label that opens each line of a step, for `darkroom run` to tell it from Kubeflow's own
 TAIL_LINES = 15
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 5.0
