@@ -22,6 +22,7 @@ from model_core.recipe import MMDiTModel
 
 TIME_CHANNELS = 256
 NORM_EPS = 1e-6
+SILU_MEAN, SILU_SECOND_MOMENT = 0.2066, 0.3557  # of SiLU at a standard normal variable
 
 
 class MMDiT(nn.Module):
@@ -38,7 +39,27 @@ class MMDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_scale = nn.Sequential(nn.SiLU(), nn.Linear(width, width, bias=False))
         self.image_out = nn.Linear(width, latent_channels, bias=False)
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Velocity zero, scales one, gates open: at first each block adds its branches at tanh(1), scaled for depth.
+
+        Without biases a gate can only start open through the time embedding: that has unit variance here, so the mean of
+        its SiLU is 0.207, and equal weights of 1 / (0.207 D) make every gate about one at all times. Gates that start
+        shut learn far more slowly in short runs (docs/decisions/0005-open-gates.md).
+        """
+        width = self.config.width
+        nn.init.normal_(self.time_in[0].weight, std=math.sqrt(2 / TIME_CHANNELS))
+        nn.init.normal_(self.time_in[2].weight, std=1 / math.sqrt(SILU_SECOND_MOMENT * width))
+        nn.init.zeros_(self.modulation[1].weight)
+        for gate in (1, 3):
+            self.modulation[1].weight[gate * width : (gate + 1) * width] = 1 / (SILU_MEAN * width)
+        nn.init.zeros_(self.final_scale[1].weight)
         nn.init.zeros_(self.image_out.weight)
+        for block in self.blocks:
+            for branch in (block.attention_out, block.mlp_out):
+                branch.weight /= math.sqrt(2 * len(self.blocks))
 
     def forward(
         self,

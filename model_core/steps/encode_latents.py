@@ -18,7 +18,8 @@ from model_core.context import StepContext
 from model_core.data.buckets import bucket, fit
 from model_core.data.latents import CAPTIONS, LatentShard, shard_name, write_latents
 from model_core.data.shards import RawRow, decode_image, read_kept_rows
-from model_core.models.vae import ResidualVAE, image_tensor, load_vae
+from model_core.data.pixels import image_tensor
+from model_core.models.vae import ResidualVAE, load_vae
 
 BATCH_IMAGES = 64
 
