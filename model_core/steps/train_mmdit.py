@@ -22,6 +22,7 @@ from model_core.data.plan import make_plan
 from model_core.models.condition import ConditionEncoder, load_encoder
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
+from model_core.training.curves import Curves
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
 from model_core.training.validation import validation_loss
@@ -48,7 +49,7 @@ def run(context: StepContext) -> dict[str, Any]:
     optimizer = Optimizer(
         model, lr=stage.lr, warmup_steps=stage.warmup_steps, betas=recipe.betas, weight_decay=recipe.weight_decay, grad_clip=recipe.grad_clip
     )
-    curves = Curves()
+    curves = Curves("loss", "grad_norm")
     first = _resume(context, model=model, ema=ema, optimizer=optimizer, curves=curves)
 
     began, data_seconds = time.monotonic(), 0.0
@@ -91,39 +92,6 @@ def backward(model: nn.Module, encoder: ConditionEncoder, batch: list[MicroBatch
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     return total
-
-
-class Curves:
-    """Mean loss and gradient norm over every LOG_EVERY_STEPS steps; the sums stay tensors until a point is closed."""
-
-    def __init__(self) -> None:
-        self.points: list[dict[str, float]] = []
-        self._sums, self._count = torch.zeros(2), 0
-
-    @property
-    def last(self) -> float:
-        """The newest closed loss."""
-        return self.points[-1]["loss"] if self.points else float("nan")
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        """Counts one step."""
-        self._sums += torch.stack((loss, norm))
-        self._count += 1
-
-    def close(self, step: int) -> dict[str, float]:
-        """Ends the point at `step` and returns it."""
-        loss, norm = (self._sums / self._count).tolist()
-        self.points.append({"step": step, "loss": loss, "grad_norm": norm})
-        self._sums, self._count = torch.zeros(2), 0
-        return self.points[-1]
-
-    def state_dict(self) -> dict[str, Any]:
-        """All there is to go on from."""
-        return {"points": self.points, "sums": self._sums, "count": self._count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` gave."""
-        self.points, self._sums, self._count = state["points"], state["sums"], state["count"]
 
 
 def _initial_model(context: StepContext, *, latent_channels: int, text_dim: int) -> MMDiT:
