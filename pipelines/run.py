@@ -25,6 +25,7 @@ from components.launch.parameters import to_parameter
 from model_core.recipe import Recipe, UserError
 from model_core.run_record import RunRecord, check_run_name, write_run
 from model_core.site import Site
+from model_core.storage import StorageError
 from model_core.workspace import Workspace
 from pipelines.errors import RunError, Stopped
 from pipelines.output import StepLines
@@ -80,16 +81,13 @@ def check_before_run(recipe: Recipe, site: Site) -> None:
 
 def check_workspace(site: Site) -> None:
     """Raises UserError when the workspace cannot be written to."""
-    from model_core.storage import StorageError
-
     probe = f".probe-{os.getpid()}"
     try:
         storage = Workspace(site).storage
         storage.put(probe, b"")
         storage.delete(probe)
-    except (OSError, StorageError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise UserError(f"site: workspace: found {site.workspace}, which cannot be written to ({reason})") from error
+    except (OSError, StorageError, UserError) as error:
+        raise UserError(f"site: workspace: {site.workspace} cannot be written to ({str(error).splitlines()[0]})") from error
 
 
 @contextmanager
