@@ -46,7 +46,7 @@ class Scenes(Section):
     digits: str = Field("0123456789", min_length=1)  # the second one
     text_share: Share = 0.85  # share of scenes that carry a text
     held_out_share: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1  # of (colour, shape, position) and of texts: never drawn for training
-    photo_background_share: Share = 0.0  # share of scenes drawn over a photograph's texture: the harder ones
+    photo_background_share: Share = 0.0  # share of scenes drawn over a crop of the other sources' photographs: the harder ones
 
 
 class Data(Section):
@@ -55,6 +55,7 @@ class Data(Section):
     sources: list[str] = Field(default_factory=lambda: ["synthetic://scenes"], min_length=1)
     scenes: Scenes = Scenes()
     max_images: Count | None = None  # stop after so many; None takes all
+    max_side_px: Annotated[int, Field(ge=16)] = 512  # longer pictures are stored reduced to this; no less than the largest stage needs (ours)
     licence: str = "unknown"  # the licence tag of every row whose source names none
 
     @field_validator("sources")
@@ -126,7 +127,7 @@ class VAEModel(Section):
     decoder_widths: list[Count] = Field(default_factory=lambda: [1152, 1152, 576, 288, 144], min_length=1)  # S
     encoder_blocks: Count = 2  # residual blocks a level; S
     decoder_blocks: Count = 3  # S
-    shortcut: Literal["none", "local", "global"] = "global"  # R2 4.1: the global one converges fastest
+    shortcut: Literal["none", "local", "global", "cosine"] = "global"  # R2 4.1: global converges fastest; cosine is ours, the same in a DCT basis
     mid_attention: bool = True  # S
 
     @model_validator(mode="after")

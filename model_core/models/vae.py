@@ -1,14 +1,13 @@
-"""The f16c64 residual autoencoder (R1 3.1, after DC-AE): pure 2-D, deterministic latent, non-parametric shortcuts.
+"""The f16c64 residual autoencoder: 16 times smaller sides, 64 channels, deterministic (R1 3.1, R2; no KL, no GAN).
 
-Widths and blocks default to the successor's public code. The shortcut is a switch (R2 4.1): `local` folds or unfolds pixels
-around each level; `global` takes the picture's 16 x 16 patches straight to the latent and back, which converges fastest.
+Legend: B batch, H and W sides of the picture, h = H / 16, w = W / 16, C latent channels, f the stem's fold. The widths and
+blocks of the default configuration are those of the successor's public code; only what a single picture needs is kept.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -16,13 +15,30 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model_core.models.layers import (
+    ChannelRMSNorm,
+    Downsample,
+    ResidualBlock,
+    SpatialAttention,
+    Upsample,
+    cosine_basis,
+    fold,
+    group_mean,
+    group_size,
+    repeat_channels,
+    unfold,
+    zero,
+)
 from model_core.recipe import CompressionRatio, VAEModel
 
-PATCH = CompressionRatio
+RGB = 3
 
 
 class ResidualVAE(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, H/16, W/16) and back. "Variational" by name only: no KL, no noise (R2)."""
+    """Pictures to latents and back. The per-channel statistics of the latents travel with the weights.
+
+    Raises ValueError when the widths do not allow the shortcut that the configuration asks for.
+    """
 
     latent_mean: Tensor
     latent_std: Tensor
@@ -30,25 +46,39 @@ class ResidualVAE(nn.Module):
     def __init__(self, config: VAEModel) -> None:
         super().__init__()
         self.config = config
+        self.shortcut = _global_shortcut(config)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
+        if self.shortcut is not None:
+            # The shortcut rules at first; the trunks learn what it misses (R2).
+            zero(self.encoder.conv_out)
+            zero(self.decoder.conv_out)
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Convolutions on a CPU are twice as fast with channels last.
+        self.to(memory_format=torch.channels_last)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Raw latents (B, C, H/16, W/16). Raises ValueError when a side is no multiple of 16."""
-        if images.shape[-1] % PATCH or images.shape[-2] % PATCH:
-            raise ValueError(f"sides {tuple(images.shape[-2:])} are not multiples of {PATCH}")
+        """Raw latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]; raises ValueError for sides that 16 does not divide."""
+        if images.shape[1] != RGB or images.shape[2] % CompressionRatio or images.shape[3] % CompressionRatio:
+            raise ValueError(
+                f"found pictures of shape {tuple(images.shape)}; allowed are (B, {RGB}, H, W) with sides divisible by {CompressionRatio}"
+            )
         latents: Tensor = self.encoder(images.contiguous(memory_format=torch.channels_last))
-        return latents
+        return latents if self.shortcut is None else latents + self.shortcut.down(images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, 16 h, 16 w) of raw latents, not clamped."""
+        """Pictures (B, 3, H, W), not clamped, of raw latents (B, C, h, w)."""
+        if latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"found latents with {latents.shape[1]} channels; this model has {self.config.latent_channels}")
         images: Tensor = self.decoder(latents.contiguous(memory_format=torch.channels_last))
-        return images
+        return images if self.shortcut is None else images + self.shortcut.up(latents)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The reconstruction of pictures (B, 3, H, W)."""
+        return self.decode(self.encode(images))
 
     def standardise(self, latents: Tensor) -> Tensor:
-        """(z - mean) / std for each channel: what the transformer sees."""
+        """Raw latents to zero mean and unit variance a channel: what the transformer sees."""
         return (latents - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
     def unstandardise(self, latents: Tensor) -> Tensor:
@@ -57,195 +87,160 @@ class ResidualVAE(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Stem, levels that halve the sides, middle, latent."""
+    """(B, 3, H, W) to (B, C, h, w)."""
 
     def __init__(self, config: VAEModel) -> None:
         super().__init__()
-        widths, self.fold = config.encoder_widths, config.stem_fold
-        self.stem = nn.Conv2d(3 * self.fold**2, widths[0], 3, padding=1)
-        self.levels = nn.ModuleList()
-        for index, (before, width) in enumerate(pairwise([widths[0], *widths])):
-            self.levels.append(DownLevel(before, width, config.encoder_blocks, down=index + 1 < len(widths), shortcut=config.shortcut == "local"))
-        self.middle = middle(widths[-1], attention=config.mid_attention)
-        self.norm = ChannelNorm(widths[-1])
-        self.out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
-        self.shortcut = patch_projection(config.latent_channels, to_latent=True) if config.shortcut == "global" else None
-        if self.shortcut is not None:
-            zero(self.out)
+        widths, self.stem_fold = config.encoder_widths, config.stem_fold
+        self.conv_in = nn.Conv2d(RGB * config.stem_fold**2, widths[0], 3, padding=1)
+        self.levels = nn.ModuleList(
+            DownLevel(before, width, config, last=index == len(widths) - 1)
+            for index, (before, width) in enumerate(itertools.pairwise([widths[0], *widths]))
+        )
+        self.mid = mid_block(widths[-1], config)
+        self.norm_out, self.conv_out = ChannelRMSNorm(widths[-1]), nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.stem(F.pixel_unshuffle(images, self.fold))
+        """(B, 3, H, W) to (B, C, h, w)."""
+        x = self.conv_in(fold(images, self.stem_fold))
         for level in self.levels:
             x = level(x)
-        latents: Tensor = self.out(F.silu(self.norm(self.middle(x))))
-        return latents if self.shortcut is None else latents + self.shortcut(F.pixel_unshuffle(images, PATCH))
+        latents: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return latents
 
 
 class Decoder(nn.Module):
-    """Latent, middle, levels that double the sides, picture."""
+    """(B, C, h, w) to (B, 3, H, W)."""
 
     def __init__(self, config: VAEModel) -> None:
         super().__init__()
-        widths, self.fold = config.decoder_widths, config.stem_fold
-        self.stem = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.middle = middle(widths[0], attention=config.mid_attention)
-        self.levels = nn.ModuleList()
-        for index, (before, width) in enumerate(pairwise([widths[0], *widths])):
-            self.levels.append(UpLevel(before, width, config.decoder_blocks, up=index + 1 < len(widths), shortcut=config.shortcut == "local"))
-        self.norm = ChannelNorm(widths[-1])
-        self.out = nn.Conv2d(widths[-1], 3 * self.fold**2, 3, padding=1)
-        self.shortcut = patch_projection(config.latent_channels, to_latent=False) if config.shortcut == "global" else None
-        if self.shortcut is not None:
-            zero(self.out)
+        widths, self.stem_fold = config.decoder_widths, config.stem_fold
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid = mid_block(widths[0], config)
+        self.levels = nn.ModuleList(
+            UpLevel(before, width, config, last=index == len(widths) - 1)
+            for index, (before, width) in enumerate(itertools.pairwise([widths[0], *widths]))
+        )
+        self.norm_out, self.conv_out = ChannelRMSNorm(widths[-1]), nn.Conv2d(widths[-1], RGB * config.stem_fold**2, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.middle(self.stem(latents))
+        """(B, C, h, w) to (B, 3, H, W)."""
+        x = self.mid(self.conv_in(latents))
         for level in self.levels:
             x = level(x)
-        images = F.pixel_shuffle(self.out(F.silu(self.norm(x))), self.fold)
-        return images if self.shortcut is None else images + F.pixel_shuffle(self.shortcut(latents), PATCH)
+        return unfold(self.conv_out(F.silu(self.norm_out(x))), self.stem_fold)
 
 
 class DownLevel(nn.Module):
-    """Residual blocks, then half the sides by a strided convolution (padded right and below)."""
+    """Residual blocks, then half the resolution unless it is the last level; around both, the local shortcut."""
 
-    def __init__(self, before: int, width: int, num_blocks: int, *, down: bool, shortcut: bool) -> None:
+    def __init__(self, dim_in: int, dim_out: int, config: VAEModel, *, last: bool) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(ResBlock(before if index == 0 else width, width) for index in range(num_blocks)))
-        self.down = nn.Conv2d(width, width, 3, stride=2) if down else None
-        self.width, self.shortcut = width, shortcut
-        if shortcut:
-            check_groups(before * (4 if down else 1), width, "encoder")
+        self.blocks = residual_blocks(dim_in, dim_out, config.encoder_blocks)
+        self.down = None if last else Downsample(dim_out)
+        self.local = config.shortcut == "local"
+        if self.local:
+            group_size(dim_in * (1 if last else 4), dim_out, f"encoder_widths: local shortcut from {dim_in} to {dim_out}")
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.blocks(x)
+        """(B, dim_in, H, W) to (B, dim_out, H / 2, W / 2), or the same sides in the last level."""
+        out: Tensor = self.blocks(x)
         if self.down is not None:
-            result = self.down(F.pad(result, (0, 1, 0, 1)))
-        if self.shortcut:
-            folded = x if self.down is None else F.pixel_unshuffle(x, 2)
-            result = result + folded.unflatten(1, (self.width, -1)).mean(dim=2)
-        return result
+            out = self.down(out)
+        return out + group_mean(x if self.down is None else fold(x, 2), out.shape[1]) if self.local else out
 
 
 class UpLevel(nn.Module):
-    """Residual blocks, then twice the sides by nearest neighbours and a convolution."""
+    """Residual blocks, then twice the resolution; around both, the local shortcut. The last level has neither (S)."""
 
-    def __init__(self, before: int, width: int, num_blocks: int, *, up: bool, shortcut: bool) -> None:
+    def __init__(self, dim_in: int, dim_out: int, config: VAEModel, *, last: bool) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(ResBlock(before if index == 0 else width, width) for index in range(num_blocks)))
-        self.up = nn.Conv2d(width, width, 3, padding=1) if up else None
-        # The last level has no shortcut: it would have to drop channels (public code of Qwen-Image-2.1).
-        self.repeats = 4 * width // before if shortcut and up else 0
-        if self.repeats:
-            check_groups(4 * width, before, "decoder")
+        self.blocks = residual_blocks(dim_in, dim_out, config.decoder_blocks)
+        self.up = None if last else Upsample(dim_out)
+        self.local = config.shortcut == "local" and not last
+        if self.local:
+            group_size(4 * dim_out, dim_in, f"decoder_widths: local shortcut from {dim_in} to {dim_out}")
 
     def forward(self, x: Tensor) -> Tensor:
-        result = self.blocks(x)
+        """(B, dim_in, H, W) to (B, dim_out, 2 H, 2 W), or the same sides in the last level."""
+        out: Tensor = self.blocks(x)
         if self.up is not None:
-            result = self.up(F.interpolate(result, scale_factor=2.0, mode="nearest"))
-        if self.repeats:
-            result = result + F.pixel_shuffle(x.repeat_interleave(self.repeats, dim=1), 2)
-        return result
+            out = self.up(out)
+        return out + unfold(repeat_channels(x, 4 * out.shape[1]), 2) if self.local else out
 
 
-class ResBlock(nn.Module):
-    """RMS norm, SiLU, 3 x 3 convolution, twice; a 1 x 1 convolution beside it where the width changes."""
+class FoldedShortcut(nn.Module):
+    """R2's global skip: a patch folded into channels, averaged in groups to the latent; and the latent repeated and unfolded."""
 
-    def __init__(self, before: int, width: int) -> None:
+    def __init__(self, config: VAEModel) -> None:
         super().__init__()
-        self.norm1, self.conv1 = ChannelNorm(before), nn.Conv2d(before, width, 3, padding=1)
-        self.norm2, self.conv2 = ChannelNorm(width), zero(nn.Conv2d(width, width, 3, padding=1))
-        self.beside = nn.Identity() if before == width else nn.Conv2d(before, width, 1)
+        self.num_channels = config.latent_channels
+        group_size(RGB * CompressionRatio**2, config.latent_channels, "latent_channels: global shortcut")
 
-    def forward(self, x: Tensor) -> Tensor:
-        result = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return self.beside(x) + result
+    def down(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C, h, w)."""
+        return group_mean(fold(images, CompressionRatio), self.num_channels)
 
-
-class Attention(nn.Module):
-    """Single-head self-attention over all places, residual."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.qkv, self.out = ChannelNorm(width), nn.Conv2d(width, 3 * width, 1), zero(nn.Conv2d(width, width, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
-        attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
-        return x + self.out(attended.transpose(1, 2).unflatten(2, x.shape[2:]))
+    def up(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, 3, H, W)."""
+        return unfold(repeat_channels(latents, RGB * CompressionRatio**2), CompressionRatio)
 
 
-class ChannelNorm(nn.Module):
-    """RMS norm over channels with a learned scale: x sqrt(C) / |x| gamma."""
+class CosineShortcut(nn.Module):
+    """The global skip with a better fixed basis (ours): the lowest cosine patterns of each patch in place of group means.
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * (self.gamma * math.sqrt(len(self.gamma)))[:, None, None]
-
-
-def middle(width: int, *, attention: bool) -> nn.Sequential:
-    """Residual block, attention, residual block."""
-    return nn.Sequential(ResBlock(width, width), Attention(width) if attention else nn.Identity(), ResBlock(width, width))
-
-
-def zero(conv: nn.Conv2d) -> nn.Conv2d:
-    """The convolution with zero weights: its branch is silent at first, so that the shortcut rules."""
-    nn.init.zeros_(conv.weight)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    return conv
-
-
-def check_groups(channels: int, width: int, where: str) -> None:
-    """Raises ValueError when `channels` cannot be averaged or repeated into `width` equal groups."""
-    if channels % width:
-        raise ValueError(f"{where}: a local shortcut cannot map {channels} folded channels onto {width}; the widths must divide")
-
-
-def patch_projection(latent_channels: int, *, to_latent: bool) -> nn.Conv2d:
-    """The global shortcut: one linear map between a 16 x 16 patch's 768 values and the latent, learned from a DCT.
-
-    R2 adds the folded pixels to the deepest features, whose projection to the latent is learned. Here that projection is
-    a layer of its own, so that it does not depend on the trunk's width; it starts as the `latent_channels` lowest
-    frequencies of luma and of the two colour differences, and as their transpose on the way back.
+    Natural pictures fall off as 1 / frequency, so pattern k is weighted by 1 + |k| on the way in and by its inverse on the
+    way out; that keeps the channels' spreads within an order of magnitude.
     """
-    basis = dct_basis(latent_channels)
-    weight = basis if to_latent else basis.T
-    conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
-    with torch.no_grad():
-        conv.weight.copy_(weight[:, :, None, None])
-        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv
+
+    basis: Tensor
+    weight: Tensor
+
+    def __init__(self, config: VAEModel) -> None:
+        super().__init__()
+        basis, frequency = cosine_basis(config.latent_channels, CompressionRatio)
+        self.register_buffer("basis", basis.flatten(1)[:, :, None, None], persistent=False)
+        self.register_buffer("weight", ((1 + frequency) / CompressionRatio)[:, None, None, None], persistent=False)
+
+    def down(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) to (B, C, h, w)."""
+        return F.conv2d(fold(images, CompressionRatio), self.basis * self.weight)
+
+    def up(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, 3, H, W)."""
+        return unfold(F.conv_transpose2d(latents, self.basis / self.weight), CompressionRatio)
 
 
-def dct_basis(num: int) -> Tensor:
-    """`num` orthonormal rows over the values (colour, row, column) of a patch: (num, 768).
+def _global_shortcut(config: VAEModel) -> FoldedShortcut | CosineShortcut | None:
+    match config.shortcut:
+        case "global":
+            return FoldedShortcut(config)
+        case "cosine":
+            return CosineShortcut(config)
+        case _:
+            return None
 
-    Products of DCT-II frequencies with luma and two colour differences, in rising order of (u^2 + v^2 + 1), colour
-    differences counted as eight times as high.
-    """
-    index = torch.arange(PATCH, dtype=torch.float64)
-    waves = torch.cos(math.pi * index[:, None] * (2 * index[None] + 1) / (2 * PATCH)) * math.sqrt(2 / PATCH)
-    waves[0] /= math.sqrt(2)
-    colours = torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [1.0, 1.0, -2.0]], dtype=torch.float64)
-    colours /= colours.norm(dim=1, keepdim=True)
-    ranked = sorted(((u * u + v * v + 1) * (1 if c == 0 else 8), c, u, v) for c in range(3) for u in range(PATCH) for v in range(PATCH))
-    rows = [torch.einsum("c,i,j->cij", colours[c], waves[u], waves[v]).flatten() for _, c, u, v in ranked[:num]]
-    return torch.stack(rows).float()
+
+def residual_blocks(dim_in: int, dim_out: int, count: int) -> nn.Sequential:
+    """`count` residual blocks, of which the first changes the width."""
+    return nn.Sequential(*(ResidualBlock(dim_in if index == 0 else dim_out, dim_out) for index in range(count)))
+
+
+def mid_block(dim: int, config: VAEModel) -> nn.Sequential:
+    """Residual block, self-attention, residual block at the latent's resolution; R2's suite goes without the attention."""
+    attention = [SpatialAttention(dim)] if config.mid_attention else []
+    return nn.Sequential(ResidualBlock(dim, dim), *attention, ResidualBlock(dim, dim))
 
 
 def save_vae(vae: ResidualVAE, folder: Path) -> None:
-    """Writes `config.json` and `model.safetensors`, latent statistics among the weights."""
+    """Writes `config.json` and `model.safetensors`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(vae.config.model_dump(mode="json"), indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps({"model": vae.config.model_dump(mode="json")}, indent=2, sort_keys=True) + "\n")
     save_file({name: value.contiguous() for name, value in vae.state_dict().items()}, folder / "model.safetensors")
 
 
 def load_vae(folder: Path) -> ResidualVAE:
-    """The frozen VAE that `save_vae` wrote."""
-    vae = ResidualVAE(VAEModel.model_validate_json((folder / "config.json").read_text()))
+    """The model that `save_vae` wrote, in evaluation mode."""
+    vae = ResidualVAE(VAEModel.model_validate(json.loads((folder / "config.json").read_text())["model"]))
     vae.load_state_dict(load_file(folder / "model.safetensors"))
-    return vae.eval().requires_grad_(False)
+    return vae.eval()
