@@ -13,12 +13,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from model_core.data.keys import keyed_uniform
+from model_core.data.phash import perceptual_hash
+from model_core.data.skipped import Skipped
 from model_core.recipe import UserError
 
 FORMAT = b"darkroom-raw-1"
@@ -80,11 +81,14 @@ class Folder(Protocol):
     def read_json(self, name: str) -> Any: ...
 
 
-def make_row(image: Image.Image, *, kind: str, references: Sequence[Image.Image] = (), **known: Any) -> RawRow:
-    """A row with its id (content hash), size, perceptual hash and held-out mark filled in."""
-    from model_core.data.phash import perceptual_hash
+def make_row(
+    image: Image.Image, *, kind: str, references: Sequence[Image.Image] = (), encoded: bytes | None = None, **known: Any
+) -> RawRow:
+    """A row with its id (content hash), size, perceptual hash and held-out mark filled in.
 
-    data, sources = encode_image(image), [encode_image(reference) for reference in references]
+    `encoded` are the bytes that `image` was decoded from; without them it is stored as PNG.
+    """
+    data, sources = encoded or encode_image(image), [encode_image(reference) for reference in references]
     digest = hashlib.sha256(data)
     for part in (known.get("caption", ""), known.get("instruction", ""), *sources):
         digest.update(hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest())
@@ -148,9 +152,20 @@ def write_rows(folder: Path, rows: Iterable[RawRow]) -> int:
         flush(group)
     if writer is not None:
         writer.close()
-    total = sum(shard["rows"] for shard in index)
+    total: int = sum(shard["rows"] for shard in index)
     (folder / "index.json").write_text(json.dumps({"rows": total, "shards": index}, indent=1) + "\n")
     return total
+
+
+def unique_rows(rows: Iterable[RawRow], repeated: Skipped) -> Iterator[RawRow]:
+    """The rows without those whose id came before: the same picture with the same words is one row."""
+    seen: set[bytes] = set()
+    for row in rows:
+        if row.sample_id in seen:
+            repeated.add("same picture and words as an earlier one", row.provenance)
+        else:
+            seen.add(row.sample_id)
+            yield row
 
 
 def read_rows(folder: Folder, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
@@ -165,13 +180,34 @@ def read_rows(folder: Folder, columns: Sequence[str] | None = None) -> Iterator[
                 yield RawRow(**row)
 
 
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder of raw shards on this machine that is no input yet: what a step is about to leave."""
+
+    root: Path
+
+    def path(self, name: str) -> Path:
+        """The file of that name."""
+        return self.root / name
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file."""
+        return json.loads(self.path(name).read_bytes())
+
+
+def spread_rows(folder: Folder, num: int) -> list[RawRow]:
+    """At most `num` rows, evenly spread over the whole folder."""
+    total = int(folder.read_json("index.json")["rows"])
+    wanted = {index * total // num for index in range(num)} if total > num else set(range(total))
+    return [row for index, row in enumerate(read_rows(folder)) if index in wanted]
+
+
 def read_kept_rows(kept: Folder, inputs: Mapping[str, Folder], *, kinds: Sequence[str] | None = None) -> Iterator[RawRow]:
     """The rows that `kept.parquet` lists, of the given kinds (None: all), input by input in their stored order."""
-    table = pq.read_table(kept.path("kept.parquet"), columns=["sample_id", "kind", "input"])
-    chosen = np.array([kinds is None or kind in kinds for kind in table["kind"].to_pylist()], dtype=bool)
     wanted: dict[str, set[bytes]] = {}
-    for sample_id, source in zip(table["sample_id"].filter(pa.array(chosen)).to_pylist(), table["input"].filter(pa.array(chosen)).to_pylist(), strict=True):
-        wanted.setdefault(source, set()).add(sample_id)
+    for entry in pq.read_table(kept.path("kept.parquet"), columns=["sample_id", "kind", "input"]).to_pylist():
+        if kinds is None or entry["kind"] in kinds:
+            wanted.setdefault(entry["input"], set()).add(entry["sample_id"])
     for source in sorted(wanted):
         for row in read_rows(inputs[source]):
             if row.sample_id in wanted[source]:

@@ -6,17 +6,18 @@ or target of an edit, ever shows them, so that drawing them proves more than mem
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from model_core.data.keys import keyed_generator, keyed_uniform
-from model_core.recipe import Scenes
+from model_core.recipe import Scenes, UserError
 
 COLORS = {
     "red": (222, 45, 45),
@@ -27,6 +28,7 @@ COLORS = {
     "orange": (245, 135, 30),
 }
 BACKGROUNDS = {"white": (252, 252, 252), "gray": (165, 165, 170), "black": (22, 22, 26), "pink": (250, 208, 216)}
+PHOTO = "photo"  # the background of a scene that is drawn over a photograph
 SHAPES = ("circle", "square", "triangle", "star")
 POSITIONS = ("left", "right", "top", "bottom")
 NUM_WORDINGS = 4
@@ -43,6 +45,12 @@ SHAPE_RADIUS = 0.2  # of the side
 GLYPH_HEIGHT = 0.22  # of the side: 14 px of 64
 JITTER = 1 / 64  # of the side, each way
 OVERSAMPLING = 4
+CAP_HEIGHT = 0.729  # of the font's size, DejaVu Sans Bold
+DARK, LIGHT = (12, 12, 12), (250, 250, 250)
+DARK_INKED = ("white", "gray", "pink")  # backgrounds that carry dark text
+MAX_DRAWS = 10_000
+
+MaskOf = Callable[[str, int, int, int], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,10 @@ class Scene:
     def to_dict(self) -> dict[str, str]:
         """The scene as a JSON-able mapping."""
         return asdict(self)
+
+    def to_json(self) -> str:
+        """The scene as one line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
 
 
 def scene_from_dict(document: dict[str, Any]) -> Scene:
@@ -82,24 +94,25 @@ def text_is_held_out(text: str, held_out_share: float) -> bool:
 
 def random_scene(generator: np.random.Generator, config: Scenes) -> Scene:
     """Any scene, held out or not; carries a text with probability `config.text_share`."""
-    with_text = generator.random() < config.text_share
-    text = str(generator.choice(list(config.letters))) + str(generator.choice(list(config.digits)))
-    return Scene(
-        color=str(generator.choice(list(COLORS))),
-        shape=str(generator.choice(SHAPES)),
-        position=str(generator.choice(POSITIONS)),
-        background=str(generator.choice(list(BACKGROUNDS))),
-        text=text if with_text else "",
-    )
+
+    def one_of(values: Sequence[str]) -> str:
+        return values[generator.integers(len(values))]
+
+    text = one_of(config.letters) + one_of(config.digits) if generator.random() < config.text_share else ""
+    return Scene(one_of(tuple(COLORS)), one_of(SHAPES), one_of(POSITIONS), one_of(tuple(BACKGROUNDS)), text)
 
 
 def training_scene(config: Scenes, *key: object) -> Scene:
-    """The scene keyed by `key`, of those that may be trained on."""
+    """The scene keyed by `key`, of those that may be trained on. Raises UserError when the settings leave none."""
     generator = keyed_generator(*key)
-    while True:
+    for _ in range(MAX_DRAWS):
         scene = random_scene(generator, config)
         if not is_held_out(scene, config.held_out_share):
             return scene
+    raise UserError(
+        f"data.scenes: letters {config.letters!r} and digits {config.digits!r} make held-out texts only; "
+        "allowed are more letters or digits, or a text_share below 1"
+    )
 
 
 def training_scenes(config: Scenes, *, seed: int) -> Iterator[Scene]:
@@ -117,7 +130,8 @@ def held_out_scenes(num: int, config: Scenes, *, seed: int) -> list[Scene]:
         for position in POSITIONS
         if triple_is_held_out(Scene(color, shape, position, "white", ""), config.held_out_share)
     ]
-    texts = [letter + digit for letter in config.letters for digit in config.digits if text_is_held_out(letter + digit, config.held_out_share)]
+    texts = [letter + digit for letter in config.letters for digit in config.digits]
+    texts = [text for text in texts if text_is_held_out(text, config.held_out_share)]
     generator = keyed_generator(seed, "held-out scenes")
     scenes = []
     for index in range(num):
@@ -137,7 +151,8 @@ def describe(scene: Scene, wording: int) -> str:
         case 1:
             return f"{shape} on the {scene.position} of a {scene.background} background" + (f" with {text}" if text else "")
         case 2:
-            return f"a {scene.background} picture with {shape} on the {scene.position}" + (f" and {text}" if text else "")
+            picture = "photo" if scene.background == PHOTO else f"{scene.background} picture"
+            return f"a {picture} with {shape} on the {scene.position}" + (f" and {text}" if text else "")
         case _:
             return (f"{text} and " if text else "") + f"{shape} on the {scene.position}"
 
@@ -154,24 +169,30 @@ def render(scene: Scene, size_px: int, *jitter_key: object) -> Image.Image:
 
 def compose(scene: Scene, background: Image.Image, *jitter_key: object) -> Image.Image:
     """The scene's shape and text over a square picture."""
-    size_px = background.width
     picture = background.copy()
     steps = keyed_generator(*jitter_key, "jitter").integers(-4, 5, size=4) / 4 * JITTER
     center = SHAPE_CENTER[scene.position]
-    mask = shape_mask(scene.shape, size_px, center[0] + steps[0], center[1] + steps[1])
-    picture.paste(COLORS[scene.color], (0, 0), mask)
-    ink = (250, 250, 250) if scene.background == "black" else (12, 12, 12)
+    _stamp(picture, COLORS[scene.color], shape_mask, scene.shape, center[0] + steps[0], center[1] + steps[1])
     for sign, (x, y) in zip(scene.text, TEXT_CENTERS[scene.position], strict=False):
-        picture.paste(ink, (0, 0), glyph_mask(sign, size_px, x + steps[2], y + steps[3]))
+        if scene.background == PHOTO:  # a rim keeps the text legible over anything
+            _stamp(picture, DARK, rim_mask, sign, x + steps[2], y + steps[3])
+        _stamp(picture, DARK if scene.background in DARK_INKED else LIGHT, glyph_mask, sign, x + steps[2], y + steps[3])
     return picture
 
 
+def _stamp(picture: Image.Image, ink: tuple[int, int, int], mask_of: MaskOf, name: str, x: float, y: float) -> None:
+    """Paints `ink` through a mask centred at (x, y), as shares of the side, to a quarter of a pixel."""
+    fine_x, fine_y = (round(share * picture.width * OVERSAMPLING) for share in (x, y))
+    mask = mask_of(name, picture.width, fine_x % OVERSAMPLING, fine_y % OVERSAMPLING)
+    picture.paste(ink, (fine_x // OVERSAMPLING - mask.width // 2, fine_y // OVERSAMPLING - mask.height // 2), mask)
+
+
 @lru_cache(maxsize=4096)
-def shape_mask(shape: str, size_px: int, x: float, y: float) -> Image.Image:
-    """Coverage (0 to 255) of a shape centred at (x, y), as shares of the side."""
-    big = size_px * OVERSAMPLING
-    cx, cy, radius = x * big, y * big, SHAPE_RADIUS * big
-    mask = Image.new("L", (big, big))
+def shape_mask(shape: str, size_px: int, right: int, down: int) -> Image.Image:
+    """Coverage (0 to 255) of a shape in a tile, moved by `right` and `down` quarters of a pixel off its centre."""
+    side = 2 * math.ceil(SHAPE_RADIUS * 1.1 * size_px) + 4
+    mask = Image.new("L", (side * OVERSAMPLING, side * OVERSAMPLING))
+    cx, cy, radius = side // 2 * OVERSAMPLING + right, side // 2 * OVERSAMPLING + down, SHAPE_RADIUS * size_px * OVERSAMPLING
     draw = ImageDraw.Draw(mask)
     if shape == "circle":
         draw.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=255)
@@ -185,21 +206,28 @@ def shape_mask(shape: str, size_px: int, x: float, y: float) -> Image.Image:
         draw.polygon([(cx + r * math.sin(angle), cy - r * math.cos(angle)) for r, angle in points], fill=255)
     else:
         raise ValueError(f"found shape {shape!r}; allowed are {', '.join(SHAPES)}")
-    return mask.resize((size_px, size_px), Image.Resampling.BOX)
+    return mask.resize((side, side), Image.Resampling.BOX)
 
 
 @lru_cache(maxsize=16384)
-def glyph_mask(sign: str, size_px: int, x: float, y: float) -> Image.Image:
-    """Coverage (0 to 255) of one bold character centred at (x, y), as shares of the side."""
-    big = size_px * OVERSAMPLING
-    mask = Image.new("L", (big, big))
-    ImageDraw.Draw(mask).text((x * big, y * big), sign, font=_font(round(GLYPH_HEIGHT * big / 0.73)), fill=255, anchor="mm")
-    return mask.resize((size_px, size_px), Image.Resampling.BOX)
+def glyph_mask(sign: str, size_px: int, right: int, down: int) -> Image.Image:
+    """Coverage (0 to 255) of one bold character in a tile, moved by `right` and `down` quarters of a pixel off its centre."""
+    side = 2 * math.ceil(GLYPH_HEIGHT * size_px) + 4
+    mask = Image.new("L", (side * OVERSAMPLING, side * OVERSAMPLING))
+    baseline = side // 2 * OVERSAMPLING + down + GLYPH_HEIGHT / 2 * size_px * OVERSAMPLING
+    font = _font(round(GLYPH_HEIGHT / CAP_HEIGHT * size_px * OVERSAMPLING))
+    ImageDraw.Draw(mask).text((side // 2 * OVERSAMPLING + right, baseline), sign, font=font, fill=255, anchor="ms")
+    return mask.resize((side, side), Image.Resampling.BOX)
+
+
+def rim_mask(sign: str, size_px: int, right: int, down: int) -> Image.Image:
+    """The glyph's mask, one pixel wider all round."""
+    return glyph_mask(sign, size_px, right, down).filter(ImageFilter.MaxFilter(3))
 
 
 @lru_cache(maxsize=8)
 def _font(size_px: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans Bold, which matplotlib ships; its capitals are 0.73 of its size."""
+    """DejaVu Sans Bold, which matplotlib ships."""
     from importlib.resources import files
 
     return ImageFont.truetype(str(files("matplotlib") / "mpl-data" / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"), size_px)
