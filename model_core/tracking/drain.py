@@ -65,11 +65,13 @@ def _snapshot(spool_dir: Path, tracking_uri: str) -> list[Spool]:
     Sizes are taken from the youngest to the oldest: when a consumer's line is in the snapshot, all that its producer wrote
     before is in it too, so a model is always made by the run that has left it.
     """
+    file = Path(tracking_uri.removeprefix("sqlite:///"))
+    is_new = tracking_uri.startswith("sqlite:///") and not file.exists()  # somebody has removed the history: all is sent again
     first = {path: next(parse_lines(_head(path)), {"time": sys.maxsize})["time"] for path in spool_files(spool_dir)}
     spools = []
     for path in sorted(first, key=lambda path: (first[path], path.name), reverse=True):
         state = read_state(path)
-        state = state if state.get("tracking_uri") == tracking_uri else {}
+        state = state if state.get("tracking_uri") == tracking_uri and not is_new else {}
         size = path.stat().st_size
         spools.append(Spool(path, size if size == state.get("offset") else whole_size(path), state))
     return spools[::-1]

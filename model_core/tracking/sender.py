@@ -23,6 +23,7 @@ _LIMITS = {
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
@@ -179,7 +180,10 @@ class Sender:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         known = [found for found in self._client.search_model_versions(f"name='{name}'") if found.tags.get("digest") == tags["digest"]]
-        version = known[0] if known else self._client.create_model_version(name, source, run_id=run_id, tags=tags, await_creation_for=0)
+        if known:
+            version = known[0]
+        else:  # a server wants the model's id beside the source that names it
+            version = self._client.create_model_version(name, source, run_id=run_id, tags=tags, await_creation_for=0, model_id=model_id)
         self._client.set_registered_model_alias(name, event["alias"], version.version)
         return str(version.version)
 

@@ -15,6 +15,7 @@ def ui_command(tracking_uri: str, *, host: str = "127.0.0.1", port: int = 5000) 
     if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).exists():
         raise UserError(f"ui: {tracking_uri} does not exist yet; a run writes it")
     return [
+        *("env", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false"),  # its workers serve prompt evaluation only, and double the time to start
         *(sys.executable, "-m", "mlflow", "server"),
         *("--backend-store-uri", tracking_uri),
         *("--host", host, "--port", str(port), "--workers", "1"),
