@@ -29,7 +29,7 @@ class ConditionEncoder(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.system_prompt, self.max_tokens = tokenizer, system_prompt, max_tokens
-        self._system_length = len(self._ids(system_turn(system_prompt)))
+        self._system_length = len(self.token_ids(system_turn(system_prompt)))
 
     @property
     def dim(self) -> int:
@@ -42,7 +42,7 @@ class ConditionEncoder(nn.Module):
 
         Raises UserError for a prompt of more than `max_tokens` tokens.
         """
-        rows = [self._ids(system_turn(self.system_prompt) + user_turn(prompt or " ")) for prompt in prompts]
+        rows = [self.token_ids(system_turn(self.system_prompt) + user_turn(prompt or " ")) for prompt in prompts]
         longest = max(len(row) for row in rows)
         if longest - self._system_length > self.max_tokens:
             raise UserError(f"prompt: found {longest - self._system_length} tokens; allowed are {self.max_tokens}")
@@ -52,7 +52,8 @@ class ConditionEncoder(nn.Module):
         mask = mask[:, self._system_length :]
         return states * mask[:, :, None], mask
 
-    def _ids(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
+        """Tokens of `text`, special ones by their names, nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -1,7 +1,8 @@
 """Teaching a tiny condition encoder its captions, before it is frozen: a random one hardly conditions anything.
 
-The lesson is a chat: the prompt as the user's turn, another description of the same picture as the answer, next-token
-prediction on both. To answer, the model must carry what each word of the prompt says.
+The lesson is a chat: the prompt as the user's turn, another description of the same picture as the answer, and next-token
+prediction on the answer alone, as in instruction tuning. To answer, the model must carry what each word of the prompt says.
+Prediction on the prompt itself would undo that: the states of "red" and "blue" become equal, since the same words follow.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def teach(encoder: ConditionEncoder, lessons: Sequence[tuple[str, str]], config:
     curve = []
     for step in range(config.teach_steps):
         chosen = keyed_generator(seed, "teach", step).integers(len(lessons), size=config.teach_batch_size)
-        ids, mask = _batch(encoder, [lessons[index] for index in chosen])
-        logits = head(model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state)
-        loss = F.cross_entropy(logits[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]])
+        ids, mask, answers = _batch(encoder, [lessons[index] for index in chosen])
+        states = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        loss = F.cross_entropy(head(states[:, :-1][answers[:, 1:]]), ids[:, 1:][answers[:, 1:]])
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step(step)
         if (step + 1) % 20 == 0 or step + 1 == config.teach_steps:
@@ -41,11 +42,15 @@ def teach(encoder: ConditionEncoder, lessons: Sequence[tuple[str, str]], config:
     return curve
 
 
-def _batch(encoder: ConditionEncoder, lessons: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (B, L) of whole chats, padded on the right."""
-    texts = [system_turn(encoder.system_prompt) + user_turn(prompt or " ") + answer + "<|im_end|>" for prompt, answer in lessons]
-    rows = [encoder.tokenizer(text, add_special_tokens=False)["input_ids"][: 2 * encoder.max_tokens] for text in texts]
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in rows])
-    return ids, mask
+def _batch(encoder: ConditionEncoder, lessons: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids of whole chats, padded on the right; which are tokens; which of those are the answer's: each (B, L)."""
+    rows, starts = [], []
+    for prompt, answer in lessons:
+        question = encoder.token_ids(system_turn(encoder.system_prompt) + user_turn(prompt or " "))
+        starts.append(len(question))
+        rows.append((question + encoder.token_ids(answer + "<|im_end|>"))[: 2 * encoder.max_tokens])
+    place = torch.arange(max(len(row) for row in rows))[None]
+    mask = place < torch.tensor([len(row) for row in rows])[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([token for row in rows for token in row])
+    return ids, mask, mask & (place >= torch.tensor(starts)[:, None])
