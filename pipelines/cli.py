@@ -65,7 +65,7 @@ def run(
         return
     from pipelines.show import card
 
-    lines = Console(stderr=as_json, soft_wrap=True, highlight=False)
+    lines = Console(file=sys.stderr if as_json else sys.stdout, soft_wrap=True, highlight=False)  # named now: the run redirects sys.stdout
     finished = run_training(what, where, name=name, say=lambda line: lines.print(line, markup=False))
     _show(card(finished, where, as_json=as_json, site_name=site))
 

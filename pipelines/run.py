@@ -54,7 +54,7 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="darkroom-run-")))
         stack.enter_context(_alive(folder))
         write_run(workspace.storage, RunRecord(run, recipe.model_dump(mode="json"), recipe.digest(), started.isoformat()))
-        finish_tracking = stack.enter_context(_drainer(site))
+        stack.enter_context(_tracking(site))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # kfp.local warns of each setting that only a cluster has
         local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "kfp"))
@@ -64,7 +64,6 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
                 pipeline(**arguments)
         except RuntimeError as error:
             raise _failure(folder, lines, error) from None
-        finish_tracking()
     return run
 
 
@@ -114,21 +113,21 @@ def _alive(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _drainer(site: Site) -> Iterator[Callable[[], None]]:
-    """Tells MLflow what the steps spool for as long as the run lasts; the value, when called, waits for the rest to be told."""
+def _tracking(site: Site) -> Iterator[None]:
+    """Tells MLflow what the steps spool for as long as the run lasts, and at its end waits for the rest to be told."""
     site.spool_folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "model_core.tracking.drain", "--spool", str(site.spool_folder), "--uri", site.tracking_uri]
     process = subprocess.Popen([*command, "--follow", str(os.getpid())], stdin=subprocess.DEVNULL, start_new_session=True)
-
-    def finish() -> None:
-        process.terminate()
-        process.wait()  # it gives up by itself, and says so, when the server stays away
-
+    is_patient = True
     try:
-        yield finish
+        yield
+    except Stopped:
+        is_patient = False  # it ends by itself, some seconds later
+        raise
     finally:
-        if process.poll() is None:
-            process.terminate()  # a run that failed does not wait for it
+        process.terminate()  # to it, this means: send what is left, then end
+        if is_patient:
+            process.wait()
 
 
 def _failure(folder: Path, lines: StepLines, error: RuntimeError) -> Exception:
@@ -139,4 +138,4 @@ def _failure(folder: Path, lines: StepLines, error: RuntimeError) -> Exception:
         return RunError("\n".join([*lines.other, str(error)]))
     if told["code"] == CONFIGURATION:
         return UserError(told["reason"])
-    return RunError(told["message"])
+    return RunError(f"{told['what']}: {told['reason']} (what is done stays: the same command goes on from there)")

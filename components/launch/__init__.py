@@ -71,9 +71,9 @@ def run_step(
             argv += [] if path is None else ["--input", f"{name}={path}"]
         outcome = scheduler(site, step)([*argv, "--output", output], label)
     if outcome.code != 0:
-        message = failure_text(label, outcome)
-        _tell_run(code=outcome.code, reason=outcome.tail[-1] if outcome.tail else message, message=message)
-        raise StepError(message, outcome.code)
+        what = f"{label} {meaning(outcome)}"
+        _tell_run(code=outcome.code, what=what, reason=outcome.tail[-1] if outcome.tail else "it said nothing")
+        raise StepError("\n".join([f"{what}. Its last lines:", *outcome.tail]), outcome.code)
     if metrics is not None:
         for name, value in json.loads(Path(output).read_bytes())["stats"].items():
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -94,15 +94,13 @@ def scheduler(site: Mapping[str, Any], step: str) -> Scheduler:
     return SCHEDULERS[name]
 
 
-def failure_text(label: str, outcome: Outcome) -> str:
-    """What failed, what that means for a second try, and the step's last lines."""
+def meaning(outcome: Outcome) -> str:
+    """How a step ended that left no result, and what that means for a second try."""
     if outcome.abandoned:
-        meaning = "was stopped because `darkroom run` is gone"
-    elif outcome.code < 0:
-        meaning = f"was killed by signal {-outcome.code}" + (" (the machine may have run out of memory)" if outcome.code == -9 else "")
-    else:
-        meaning = f"{MEANINGS.get(outcome.code, 'failed')} (exit code {outcome.code})"
-    return "\n".join([f"{label} {meaning}. Its last lines:", *outcome.tail])
+        return "was stopped because `darkroom run` is gone"
+    if outcome.code < 0:
+        return f"was killed by signal {-outcome.code}" + (" (the machine may have run out of memory)" if outcome.code == -9 else "")
+    return f"{MEANINGS.get(outcome.code, 'failed')} (exit code {outcome.code})"
 
 
 def _tell_run(**failure: Any) -> None:
