@@ -55,7 +55,7 @@ class Data(Section):
     sources: list[str] = Field(default_factory=lambda: ["synthetic://scenes"], min_length=1)
     scenes: Scenes = Scenes()
     max_images: Count | None = None  # stop after so many; None takes all
-    max_side_px: Annotated[int, Field(ge=16)] = 512  # longer pictures are stored reduced to this; no less than the largest stage needs (ours)
+    max_side_px: Annotated[int, Field(ge=16)] = 512  # longer pictures are stored reduced to it; the largest stage's side or more (ours)
     licence: str = "unknown"  # the licence tag of every row whose source names none
 
     @field_validator("sources")
@@ -80,6 +80,14 @@ class TextImages(Section):
     )  # relative weights (ours)
     languages: list[Literal["en", "zh"]] = Field(default_factory=lambda: ["en", "zh"], min_length=1)
     font_px: tuple[Count, Count] = (10, 18)  # glyph height, least and most; R2 draws 5 to 20 px
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> TextImages:
+        if self.num_images and not sum(self.modes.values()) > 0:
+            raise ValueError("the weights of modes are all 0; allowed is at least one above 0, or num_images 0")
+        if not self.font_px[0] <= self.font_px[1] <= self.size_px:
+            raise ValueError(f"font_px {list(self.font_px)} must be a least and a most glyph height, up to size_px {self.size_px}")
+        return self
 
 
 class Edits(Section):
