@@ -24,7 +24,7 @@ class FileStorage:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.uri = "file://" + str(root).rstrip("/")
+        self.uri = root.as_uri()
 
     def get(self, path: str, *, start: int | None = None, length: int | None = None) -> bytes:
         offset, count = check_range(start, length)

@@ -168,9 +168,7 @@ class S3Storage:
                 raise StorageError(f"{name}: access denied ({_code(error)}); the credentials come from the AWS chain") from error
             raise StorageError(f"{name}: {error}") from error
         except NoCredentialsError as error:
-            raise StorageError(
-                f"{name}: no AWS credentials found; allowed are key variables, a profile or a pod role"
-            ) from error
+            raise StorageError(f"{name}: no AWS credentials found; allowed are key variables, a profile or a pod role") from error
         except (BotoCoreError, Boto3Error, OSError) as error:
             raise StorageError(f"{name}: {error}") from error
 

@@ -92,7 +92,9 @@ def test_uri_has_no_slash_at_its_end(uri: str) -> None:
         ("/plain/folder", "allowed are file:///FOLDER and s3://BUCKET/PREFIX"),
         ("gs://bucket/prefix", "allowed are file:///FOLDER and s3://BUCKET/PREFIX"),
         ("file://relative/folder", "needs an absolute folder"),
+        ("file:///", "needs an absolute folder"),
         ("file:///a/../b", "plain names"),
+        ("file:///a/%2e%2e/b", "plain names"),
         ("s3://", "found bucket ''"),
         ("s3://Big_Bucket/x", "found bucket 'Big_Bucket'"),
         ("s3://bucket//x", "plain names"),
@@ -109,3 +111,11 @@ def test_bad_uri_is_a_user_error_in_one_sentence(uri: str, said: str) -> None:
 @pytest.mark.parametrize("uri", ["file:///root/store", "s3://bucket/x"])
 def test_every_store_has_the_methods_of_the_protocol(uri: str) -> None:
     assert isinstance(open_storage(uri), Storage)
+
+
+@pytest.mark.parametrize("name", ["my photos", "100%", "\u00fcber-\u6570\u636e", "a%20b"])
+def test_folder_of_any_name_is_found_again_by_its_uri(tmp_path: Path, name: str) -> None:
+    first = open_storage((tmp_path / name).as_uri())
+    first.put("object", b"x")
+    assert (tmp_path / name / "object").exists()
+    assert open_storage(first.uri).get("object") == b"x"
