@@ -1,6 +1,6 @@
-"""PSNR and SSIM by one fixed protocol, because projects differ by more than most claimed gains.
+"""How well pictures survive the autoencoder: PSNR and SSIM by one fixed protocol, since repositories differ.
 
-Both take uint8 RGB pictures (B, 3, H, W), clamped and rounded, and give one number a picture; scores are means over pictures.
+Pictures are clamped and rounded to 8-bit RGB; each score is taken a picture, then averaged by the caller.
 """
 
 from __future__ import annotations
@@ -9,31 +9,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WINDOW, SIGMA = 11, 1.5
-C1, C2 = 0.01**2, 0.03**2
+from model_core.data.pixels import image_bytes
+
+PEAK = 255.0
+MAX_PSNR_DB = 100.0  # of two equal pictures, so that a mean stays finite
+WINDOW, SIGMA = 11, 1.5  # SSIM's Gaussian window in px (Wang et al. 2004)
+K1, K2 = 0.01, 0.03
 
 
-def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, peak 255: (B,). Equal pictures score infinity."""
-    error = (images.double() - targets.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(255.0**2 / error)
+def psnr(reconstructions: Tensor, originals: Tensor) -> Tensor:
+    """(B,) in dB for pictures (B, 3, H, W) in [-1, 1]: 10 log10(255^2 / MSE) over all pixels and channels, at most 100."""
+    difference = image_bytes(reconstructions).double() - image_bytes(originals).double()
+    decibels = 10 * torch.log10(PEAK**2 / difference.square().mean(dim=(1, 2, 3)))
+    return decibels.clamp(max=MAX_PSNR_DB)
 
 
-def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) on values in [0, 1], 11 x 11 Gaussian window of sigma 1.5, no padding: (B,)."""
-    x, y = images.double() / 255, targets.double() / 255
-    if min(x.shape[-2:]) < WINDOW:
-        raise ValueError(f"sides {tuple(x.shape[-2:])} are smaller than the window of {WINDOW}")
-    place = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    line = torch.exp(-place.square() / (2 * SIGMA**2))
-    line /= line.sum()
-    kernel = (line[:, None] * line[None])[None, None].expand(x.shape[1], 1, WINDOW, WINDOW)
+def ssim(reconstructions: Tensor, originals: Tensor) -> Tensor:
+    """(B,) for pictures (B, 3, H, W) in [-1, 1], computed on 0..1: 11x11 Gaussian of sigma 1.5, no padding, mean over channels.
 
-    def blur(values: Tensor) -> Tensor:
-        return F.conv2d(values, kernel, groups=values.shape[1])
+    Raises ValueError for sides below the window's.
+    """
+    if min(originals.shape[2:]) < WINDOW:
+        raise ValueError(f"found pictures of {originals.shape[2]} x {originals.shape[3]} px; SSIM's window needs {WINDOW} px a side")
+    x, y = (image_bytes(images).double() / PEAK for images in (reconstructions, originals))
+    mean_x, mean_y = _blur(x), _blur(y)
+    variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    c1, c2 = K1**2, K2**2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+    return similarity.mean(dim=(1, 2, 3))
 
-    mean_x, mean_y = blur(x), blur(y)
-    var_x, var_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
-    covariance = blur(x * y) - mean_x * mean_y
-    score = (2 * mean_x * mean_y + C1) * (2 * covariance + C2) / ((mean_x.square() + mean_y.square() + C1) * (var_x + var_y + C2))
-    return score.mean(dim=(1, 2, 3))
+
+def _blur(images: Tensor) -> Tensor:
+    """Gaussian mean around every pixel whose window lies inside the picture."""
+    offsets = torch.arange(WINDOW, dtype=images.dtype, device=images.device) - WINDOW // 2
+    weights = torch.exp(-0.5 * (offsets / SIGMA) ** 2)
+    weights /= weights.sum()
+    channels = images.shape[1]
+    window = weights.expand(channels, 1, 1, WINDOW)
+    return F.conv2d(F.conv2d(images, window.transpose(2, 3), groups=channels), window, groups=channels)

@@ -59,15 +59,16 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = ChannelRMSNorm(dim_in), nn.Conv2d(dim_in, dim_out, 3, padding=1)
+        self.norm1, self.conv1 = ChannelRMSNorm(dim_in), unit(nn.Conv2d(dim_in, dim_out, 3, padding=1))
         self.norm2, self.conv2 = ChannelRMSNorm(dim_out), zero(nn.Conv2d(dim_out, dim_out, 3, padding=1))
-        self.skip = nn.Identity() if dim_in == dim_out else nn.Conv2d(dim_in, dim_out, 1)
+        self.skip = nn.Identity() if dim_in == dim_out else unit(nn.Conv2d(dim_in, dim_out, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim_in, H, W) to (B, dim_out, H, W)."""
         hidden = self.conv1(F.silu(self.norm1(x)))
+        change: Tensor = self.conv2(F.silu(self.norm2(hidden)))
         skipped: Tensor = self.skip(x)
-        return skipped + self.conv2(F.silu(self.norm2(hidden)))
+        return skipped + change
 
 
 class SpatialAttention(nn.Module):
@@ -75,7 +76,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out = ChannelRMSNorm(dim), nn.Conv2d(dim, 3 * dim, 1), zero(nn.Conv2d(dim, dim, 1))
+        self.norm, self.qkv, self.out = ChannelRMSNorm(dim), unit(nn.Conv2d(dim, 3 * dim, 1)), zero(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
@@ -107,7 +108,7 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv, self.mixer = nn.Conv2d(dim, dim, 3, stride=2), GatedMixer(dim)
+        self.conv, self.mixer = unit(nn.Conv2d(dim, dim, 3, stride=2)), GatedMixer(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H / 2, W / 2)."""
@@ -120,12 +121,23 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.mixer, self.conv = GatedMixer(dim), nn.Conv2d(dim, dim, 3, padding=1)
+        self.mixer, self.conv = GatedMixer(dim), unit(nn.Conv2d(dim, dim, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2 H, 2 W)."""
         convolved: Tensor = self.conv(F.interpolate(self.mixer(x), scale_factor=2.0, mode="nearest"))
         return convolved
+
+
+def unit(conv: nn.Conv2d) -> nn.Conv2d:
+    """The convolution with weights that keep the variance of white input (LeCun), so that what passes is as large as what is added.
+
+    PyTorch's default lets a third of the variance through; after a few such layers, the branches behind norms drown the rest.
+    """
+    nn.init.normal_(conv.weight, std=conv.weight[0].numel() ** -0.5)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
 
 
 def zero(conv: nn.Conv2d) -> nn.Conv2d:

@@ -27,6 +27,7 @@ from model_core.models.layers import (
     group_size,
     repeat_channels,
     unfold,
+    unit,
     zero,
 )
 from model_core.recipe import CompressionRatio, VAEModel
@@ -92,13 +93,13 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEModel) -> None:
         super().__init__()
         widths, self.stem_fold = config.encoder_widths, config.stem_fold
-        self.conv_in = nn.Conv2d(RGB * config.stem_fold**2, widths[0], 3, padding=1)
+        self.conv_in = unit(nn.Conv2d(RGB * config.stem_fold**2, widths[0], 3, padding=1))
         self.levels = nn.ModuleList(
             DownLevel(before, width, config, last=index == len(widths) - 1)
             for index, (before, width) in enumerate(itertools.pairwise([widths[0], *widths]))
         )
         self.mid = mid_block(widths[-1], config)
-        self.norm_out, self.conv_out = ChannelRMSNorm(widths[-1]), nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+        self.norm_out, self.conv_out = ChannelRMSNorm(widths[-1]), unit(nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, C, h, w)."""
@@ -115,13 +116,13 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEModel) -> None:
         super().__init__()
         widths, self.stem_fold = config.decoder_widths, config.stem_fold
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = unit(nn.Conv2d(config.latent_channels, widths[0], 3, padding=1))
         self.mid = mid_block(widths[0], config)
         self.levels = nn.ModuleList(
             UpLevel(before, width, config, last=index == len(widths) - 1)
             for index, (before, width) in enumerate(itertools.pairwise([widths[0], *widths]))
         )
-        self.norm_out, self.conv_out = ChannelRMSNorm(widths[-1]), nn.Conv2d(widths[-1], RGB * config.stem_fold**2, 3, padding=1)
+        self.norm_out, self.conv_out = ChannelRMSNorm(widths[-1]), unit(nn.Conv2d(widths[-1], RGB * config.stem_fold**2, 3, padding=1))
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) to (B, 3, H, W)."""

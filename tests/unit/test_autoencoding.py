@@ -1,115 +1,93 @@
-"""VAE: sizes, shortcuts, losses and metrics against closed forms and scikit-image."""
+"""Losses of the autoencoder against closed forms and a brute force in numpy."""
+
+from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from model_core.data.pixels import image_bytes, image_tensor, tensor_image
-from model_core.evaluation.reconstruction import psnr, ssim
-from model_core.models.vae import ResidualVAE, dct_basis, load_vae, save_vae
-from model_core.objectives.autoencoding import alignment_loss, edge_loss, gradient_features, relaxed
-from model_core.recipe import VAEModel
 
-TINY = VAEModel(stem_fold=4, encoder_widths=[8, 16, 16], decoder_widths=[16, 16, 8], encoder_blocks=1, decoder_blocks=1)
+from model_core.models.teacher import OrientedEdges
+from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss
 
 
-def test_the_default_configuration_has_the_published_trunk():
-    with torch.device("meta"):
-        vae = ResidualVAE(VAEModel(shortcut="local"))
-    counts = [sum(parameter.numel() for parameter in part.parameters()) / 1e6 for part in (vae.encoder, vae.decoder)]
-    # The published 78.7 M and 259.0 M hold idle temporal convolutions (0.78, 5.98) and a log-variance head (0.44).
-    assert counts == pytest.approx([77.46, 253.07], abs=0.05)
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("shortcut", ["none", "local", "global"])
-def test_a_picture_becomes_64_channels_at_a_sixteenth_of_its_sides_and_comes_back(shortcut):
-    vae = ResidualVAE(TINY.model_copy(update={"shortcut": shortcut}))
-    latents = vae.encode(torch.rand(2, 3, 32, 48))
-    assert latents.shape == (2, 64, 2, 3)
-    assert vae.decode(latents).shape == (2, 3, 32, 48)
+def test_reconstruction_losses_of_a_constant_error() -> None:
+    target = normal(2, 3, 8, 8)
+    prediction = target - 0.25
+    assert l1_loss(prediction, target).item() == pytest.approx(0.25)
+    assert mse_loss(prediction, target).item() == pytest.approx(0.0625)
+    assert edge_loss(prediction, target).item() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_at_first_the_global_shortcut_is_an_orthonormal_projection():
-    basis = dct_basis(64)
-    assert torch.allclose(basis @ basis.T, torch.eye(64), atol=1e-5)
-    vae = ResidualVAE(TINY)
-    flat = torch.full((1, 3, 32, 32), 0.3)
-    assert torch.allclose(vae.decode(vae.encode(flat)), flat, atol=1e-5)
-    once = vae.decode(vae.encode(torch.rand(1, 3, 32, 32)))
-    assert torch.allclose(vae.decode(vae.encode(once)), once, atol=1e-5)
+def test_edge_loss_of_a_ramp_is_its_slope_across_and_down() -> None:
+    ramp = 0.3 * torch.arange(8.0)[None, :] + 0.1 * torch.arange(8.0)[:, None]
+    assert edge_loss(ramp.expand(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)).item() == pytest.approx(0.4, abs=1e-6)
 
 
-def test_widths_that_a_local_shortcut_cannot_fold_are_refused_with_both_numbers():
-    with pytest.raises(ValueError, match="32 folded channels onto 24"):
-        ResidualVAE(TINY.model_copy(update={"shortcut": "local", "encoder_widths": [8, 24, 24]}))
+@pytest.mark.parametrize("margins", [(0.0, 0.0), (0.5, 0.25), (0.1, 0.8)])
+def test_alignment_matches_a_brute_force_over_places(margins: tuple[float, float]) -> None:
+    z, f = normal(2, 5, 2, 3), normal(2, 5, 2, 3, seed=1)
+
+    def cos(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    points, pairs = [], []
+    for latents, features in zip(z.flatten(2).numpy(), f.flatten(2).numpy(), strict=True):
+        for p in range(6):
+            points.append(max(0.0, 1 - cos(latents[:, p], features[:, p]) - margins[0]))
+            for q in range(6):
+                difference = cos(latents[:, p], latents[:, q]) - cos(features[:, p], features[:, q])
+                pairs.append(max(0.0, abs(difference) - margins[1]))
+    assert alignment_loss(z, f, margins=margins).item() == pytest.approx(np.mean(points) + np.mean(pairs))
 
 
-def test_a_side_that_is_no_multiple_of_16_is_refused():
-    with pytest.raises(ValueError, match="multiples of 16"):
-        ResidualVAE(TINY).encode(torch.rand(1, 3, 40, 32))
+def test_alignment_with_the_features_themselves_is_zero_at_any_scale() -> None:
+    features = normal(2, 5, 3, 3)
+    assert alignment_loss(7.0 * features, features, margins=(0.0, 0.0)).item() == pytest.approx(0.0, abs=1e-12)
 
 
-def test_standardising_is_undone_and_saved_with_the_weights(tmp_path):
-    vae = ResidualVAE(TINY)
-    vae.latent_mean.normal_()
-    vae.latent_std.uniform_(0.5, 2.0)
-    save_vae(vae, tmp_path)
-    loaded = load_vae(tmp_path)
-    latents = torch.randn(2, 64, 2, 2)
-    assert torch.allclose(loaded.unstandardise(vae.standardise(latents)), latents, atol=1e-5)
-    images = torch.rand(1, 3, 32, 32)
-    assert torch.equal(loaded.encode(images), vae.encode(images))
+def test_alignment_of_opposite_latents_is_two() -> None:
+    features = normal(1, 5, 3, 3)
+    assert alignment_loss(-features, features, margins=(0.0, 0.0)).item() == pytest.approx(2.0)
+    assert alignment_loss(-features, features, margins=(0.5, 0.25)).item() == pytest.approx(1.5)
 
 
-def test_psnr_is_that_of_its_definition_and_of_scikit_image():
-    from skimage.metrics import peak_signal_noise_ratio
-
-    generator = torch.Generator().manual_seed(0)
-    images, targets = (torch.randint(0, 256, (3, 3, 24, 24), generator=generator, dtype=torch.uint8) for _ in range(2))
-    expected = [peak_signal_noise_ratio(t.numpy(), i.numpy()) for i, t in zip(images, targets, strict=True)]
-    assert psnr(images, targets).tolist() == pytest.approx(expected)
-    assert psnr(torch.full((1, 3, 8, 8), 10, dtype=torch.uint8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).item() == pytest.approx(20 * np.log10(25.5))
+def test_latents_within_the_margins_feel_no_pull() -> None:
+    features = normal(1, 5, 3, 3)
+    latents = (features + 0.01 * normal(1, 5, 3, 3, seed=1)).requires_grad_()
+    alignment_loss(latents, features, margins=(0.5, 0.25)).backward()
+    assert not latents.grad.any()
 
 
-def test_ssim_agrees_with_scikit_image():
-    from skimage.metrics import structural_similarity
-
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.randint(0, 256, (2, 3, 32, 40), generator=generator, dtype=torch.uint8)
-    images = image_bytes(targets.float() / 127.5 - 1 + 0.1 * torch.randn(targets.shape, generator=generator))
-    for image, target, score in zip(images, targets, ssim(images, targets), strict=True):
-        _, full = structural_similarity(
-            image.numpy() / 255, target.numpy() / 255, channel_axis=0, data_range=1.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
-        )
-        assert score.item() == pytest.approx(full[:, 5:-5, 5:-5].mean(), abs=1e-6)
+def test_alignment_refuses_unequal_shapes() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\).*\(1, 5, 2, 2\)"):
+        alignment_loss(normal(1, 4, 2, 2), normal(1, 5, 2, 2), margins=(0.0, 0.0))
 
 
-def test_pictures_survive_the_way_to_tensors_and_back():
-    image = tensor_image(torch.rand(3, 5, 7) * 2 - 1)
-    assert np.array_equal(np.asarray(tensor_image(image_tensor(image))), np.asarray(image))
+def test_margins_go_from_strict_to_relaxed_in_a_line() -> None:
+    schedule = [margins_at(step, steps=5, strict=(0.0, 0.1), relaxed=(0.4, 0.3)) for step in range(5)]
+    np.testing.assert_allclose(schedule, np.linspace((0.0, 0.1), (0.4, 0.3), 5))
+    assert margins_at(0, steps=1, strict=(0.0, 0.1), relaxed=(0.4, 0.3)) == (0.0, 0.1)
 
 
-def test_alignment_is_zero_at_the_teacher_two_or_more_against_it_and_forgives_up_to_its_margins():
-    features = torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(0))
-    assert alignment_loss(2 * features, features, margin_cos=0.0, margin_dist=0.0).item() == pytest.approx(0, abs=1e-6)
-    assert alignment_loss(-features, features, margin_cos=0.0, margin_dist=0.0).item() == pytest.approx(2, abs=1e-5)
-    assert alignment_loss(-features, features, margin_cos=0.5, margin_dist=0.25).item() == pytest.approx(1.5, abs=1e-5)
+def test_teacher_sees_colour_and_the_direction_of_an_edge() -> None:
+    teacher = OrientedEdges()
+    picture = torch.zeros(1, 3, 32, 32)
+    picture[:, 0] = 0.5
+    flat = teacher(picture)
+    assert flat.shape == (1, OrientedEdges.dim, 2, 2)
+    np.testing.assert_allclose(flat[0, :3, 0, 0].numpy(), [0.5, 0.0, 0.0])
+    assert not flat[0, 3:].any()
+    picture[..., 24:] = 1.0
+    across = teacher(picture)[0, 3:11, 0, 1]
+    assert across.argmax().item() == 0
+    assert across[4].item() == 0.0
+    down = teacher(picture.transpose(2, 3))[0, 3:11, 1, 0]
+    assert down.argmax().item() == 2
 
 
-def test_margins_relax_linearly():
-    assert relaxed(0.0, strict=(0.0, 0.1), loose=(0.5, 0.3)) == (0.0, 0.1)
-    assert relaxed(0.5, strict=(0.0, 0.1), loose=(0.5, 0.3)) == pytest.approx((0.25, 0.2))
-
-
-def test_edge_loss_sees_what_a_constant_shift_does_not():
-    images = torch.rand(1, 3, 8, 8)
-    assert edge_loss(images + 0.2, images).item() == pytest.approx(0, abs=1e-6)
-    step = torch.zeros(1, 3, 8, 8)
-    step[..., 4:] = 1.0
-    assert edge_loss(step, torch.zeros_like(step)).item() == pytest.approx(0.5 / 7)
-
-
-def test_gradient_features_tell_the_direction_of_an_edge():
-    ramp = torch.linspace(-1, 1, 16).expand(1, 3, 16, 16)
-    across, down = gradient_features(ramp, cell_px=16)[0, 6:14, 0, 0], gradient_features(ramp.mT, cell_px=16)[0, 6:14, 0, 0]
-    assert across.argmax() == 0
-    assert down.argmax() == 2
+def test_teacher_has_nothing_to_train() -> None:
+    assert not list(OrientedEdges().parameters())
