@@ -53,13 +53,13 @@ def run(
 ) -> None:
     """Runs a recipe on this machine: every step that is not done yet, to the report."""
     what, where = find_recipe(recipe, assignments or ()), find_site(site)
-    from pipelines.run import check_before_run, run_training
+    from pipelines.run import check_inputs, run_training
 
     if dry_run:
         from pipelines.plan import plan_run
         from pipelines.show import plan_table
 
-        check_before_run(what, where)
+        check_inputs(what, where)
         plan = plan_run(what, where)
         _show([entry.to_json() for entry in plan] if as_json else plan_table(plan))
         return
@@ -95,8 +95,10 @@ def sample(
     images: Annotated[list[Path] | None, typer.Option("--image", help="A picture to edit, or to take from; may be repeated.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same picture.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the sampler; the recipe's when not given.")] = None,
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Multiples of 16; the last stage's when not given.")] = None,
-    output: Annotated[Path, typer.Option("--out", "-o", help="A PNG file, or a folder for several prompts.")] = Path("sample.png"),
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16; the last stage's when not given.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--out", "-o", help="The PNG file; several prompts get numbered ones.")] = Path("sample.png"),
     site: SiteName = DEFAULT_SITE,
     as_json: AsJson = False,
 ) -> None:

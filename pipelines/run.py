@@ -45,7 +45,8 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
     """
     started = datetime.now(UTC)
     run = check_run_name(name or run_name(recipe, started))
-    check_before_run(recipe, site)
+    check_inputs(recipe, site)
+    check_workspace(site)
     workspace = Workspace(site)
     pipeline = training_pipeline(recipe.stages, image="python")
     num_steps = len(pipeline.pipeline_spec.root.dag.tasks)
@@ -67,15 +68,14 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
     return run
 
 
-def check_before_run(recipe: Recipe, site: Site) -> None:
-    """Raises UserError when a source cannot be read, a path of the recipe is missing or the workspace cannot be written."""
+def check_inputs(recipe: Recipe, site: Site) -> None:
+    """Raises UserError when a source cannot be read or a folder that the recipe names is missing; writes nothing."""
     from model_core.data.sources import check_sources
 
     check_sources(recipe, site)
     for field, path in (("encoder.path", recipe.encoder.path), ("vae.path", recipe.vae.path), ("mmdit.path", recipe.mmdit.path)):
         if path is not None and not Path(path).expanduser().is_dir():
             raise UserError(f"recipe {recipe.name}: {field}: found {path!r}; allowed is a folder with weights")
-    check_workspace(site)
 
 
 def check_workspace(site: Site) -> None:

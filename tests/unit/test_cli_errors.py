@@ -72,7 +72,7 @@ WRONG_RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "an unknown source": (recipe_with("data.sources", ["ftp://host/photos"]), ("data.sources", "ftp://host/photos", "file:///FOLDER")),
     "an unknown synthetic source": (recipe_with("data.sources", ["synthetic://cats"]), ("synthetic://cats",)),
     "no source": (recipe_with("data.sources", []), ("data.sources",)),
-    "a folder that is not there": (recipe_with("data.sources", ["file:///no/such/folder"]), ("/no/such/folder",)),
+    "a folder that is not there": (recipe_with("data.sources", ["file:///no/such/folder"]), ("data.sources", "/no/such/folder")),
     "an encoder that is not there": (recipe_with("encoder.path", "/no/such/encoder"), ("encoder.path", "/no/such/encoder")),
     "a VAE that is not there": (recipe_with("vae.path", "/no/such/vae"), ("vae.path", "/no/such/vae")),
     "an unknown language": (recipe_with("text_images.languages", ["xx"]), ("text_images.languages", "xx")),
@@ -86,7 +86,7 @@ def test_wrong_recipe_is_refused(case: str, tmp_path: Path, monkeypatch: pytest.
     document, words = WRONG_RECIPES[case]
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text(yaml.safe_dump(document))
-    assert_refused(capsys, call(monkeypatch, "run", "recipe.yaml"), "recipe", *words)
+    assert_refused(capsys, call(monkeypatch, "run", "recipe.yaml"), *words)
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
@@ -117,6 +117,11 @@ WRONG_ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an assignment to an unknown stage's field": (("run", "smoke", "--set", "mmdit.stages.S1.lrr=1"), ("mmdit.stages.S1.lrr",)),
     "a run name with a slash": (("run", "smoke", "--name", "a/b"), ("run name", "a/b")),
     "an unknown run": (("report", "nobody"), ("nobody",)),
+    "a size that no latent fits": (("sample", "r", "a cat", "--size", "100"), ("--size", "'100'", "multiples of 16")),
+    "a size that is none": (("sample", "r", "a cat", "--size", "big"), ("--size", "'big'")),
+    "a picture that is not there": (("sample", "r", "a cat", "--image", "none.png"), ("--image", "none.png", "no such file")),
+    "a picture that is none": (("sample", "r", "a cat", "--image", "/dev/null"), ("--image", "/dev/null")),
+    "an output that is no PNG": (("sample", "r", "a cat", "--out", "x.jpg"), ("--out", "x.jpg", ".png")),
     "no run yet": (("report",), ("no run yet",)),
     "an output in a folder that cannot be": (("compile", "smoke", "-o", "/dev/null/x.yaml"), ("/dev/null/x.yaml", "cannot be written")),
     "nothing to verify": (("verify", "."), ("no manifest",)),
