@@ -12,6 +12,8 @@ import pytest
 from model_core.storage import S3Settings, Storage, StorageError, open_storage
 from tests.storage_conformance import StorageConformance, put_many
 
+pytestmark = pytest.mark.lab
+
 
 @pytest.fixture
 def storage() -> Iterator[Storage]:
