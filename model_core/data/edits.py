@@ -1,0 +1,230 @@
+"""Edit pairs (R1 2.1; Qwen-Image 1.0 report, 3.4): a source, an instruction, and the picture that it asks for.
+
+A plain scene is drawn twice with one thing changed, so that all else is equal to the pixel. Of a photograph, which nobody can
+draw again, style and restoration are computed, and the colours of a second one are transferred. No target is a held-out scene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from model_core.data.synthetic import (
+    BACKGROUNDS,
+    COLORS,
+    NUM_WORDINGS,
+    PHOTO,
+    SHAPES,
+    Scene,
+    article,
+    describe,
+    is_held_out,
+    render,
+    training_scene,
+)
+from model_core.recipe import Scenes
+
+Value = TypeVar("Value")
+
+PHOTO_OPERATIONS = ("multi_reference", "restoration", "style")
+STYLES = ("black and white", "sepia")
+NUM_SECONDS = 20  # second scenes tried for one multi-reference edit
+SEPIA = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))  # the usual matrix of image editors
+LUMA = (0.299, 0.587, 0.114)  # Rec. 601
+NOISE_SIGMA = (15.0, 40.0)  # of 255
+BLUR_RADIUS = (1.0, 2.0)  # pixels on 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """An edit pair; `caption` describes the target, `notes` what changed and where it may be seen."""
+
+    references: Sequence[Image.Image]
+    target: Image.Image
+    instruction: str
+    caption: str
+    notes: dict[str, Any]
+
+
+def applies(operation: str, scene: Scene | None) -> bool:
+    """Whether an operation can be done on a plain scene, or (None) on a photograph."""
+    if scene is None or scene.background == PHOTO:
+        return operation in PHOTO_OPERATIONS
+    return operation != "removal" or bool(scene.text)
+
+
+def edit_scene(operation: str, scene: Scene, config: Scenes, generator: np.random.Generator, *jitter_key: object) -> Edit | None:
+    """An edit of a plain scene; None when every change would show a held-out one."""
+    source = render(scene, config.size_px, *jitter_key)
+    wording = int(generator.integers(NUM_WORDINGS))
+    if operation == "style":
+        style = _one_of(STYLES, generator)
+        notes = _notes(operation, scene, scene, attribute="style", before="", after=style, region="all")
+        return Edit(
+            references=[source],
+            target=styled(source, style),
+            instruction=_style_wording(style, generator),
+            caption=_styled_caption(scene, style),
+            notes=notes,
+        )
+    if operation == "restoration":
+        damage, damaged, instruction = damage_of(source, generator)
+        notes = _notes(operation, scene, scene, attribute="damage", before=damage, after="", region="all")
+        return Edit(references=[damaged], target=source, instruction=instruction, caption=describe(scene, wording), notes=notes)
+    if operation == "multi_reference":
+        return _scene_from_two(scene, config, generator, *jitter_key)
+    changes = [change for change in _changes(operation, scene, config) if not is_held_out(replace(scene, **change), config.held_out_share)]
+    if not changes:
+        return None
+    ((attribute, value),) = _one_of(changes, generator).items()
+    result = replace(scene, **{attribute: value})
+    return Edit(
+        references=[source],
+        target=render(result, config.size_px, *jitter_key),
+        instruction=_one_of(_wordings(scene, attribute, value), generator),
+        caption=describe(result, wording),
+        notes=_notes(
+            operation, scene, result, attribute=attribute, before=getattr(scene, attribute), after=value, region=_region(attribute)
+        ),
+    )
+
+
+def edit_photo(
+    operation: str, photo: Image.Image, caption: str, generator: np.random.Generator, *, second: tuple[Image.Image, str] | None
+) -> Edit | None:
+    """An edit of any photograph; `second` is another one with its caption. None where a second one is needed and there is none."""
+    if operation == "style":
+        style = _one_of(STYLES, generator)
+        notes = _notes(operation, None, None, attribute="style", before="", after=style, region="all")
+        instruction = _style_wording(style, generator)
+        return Edit(
+            references=[photo], target=styled(photo, style), instruction=instruction, caption=f"a {style} picture: {caption}", notes=notes
+        )
+    if operation == "restoration":
+        damage, damaged, instruction = damage_of(photo, generator)
+        notes = _notes(operation, None, None, attribute="damage", before=damage, after="", region="all")
+        return Edit(references=[damaged], target=photo, instruction=instruction, caption=caption, notes=notes)
+    if second is None:
+        return None
+    instruction = _one_of(
+        ("give the first image the colors of the second image", "use the colors of the second image for the first image"), generator
+    )
+    notes = _notes(operation, None, None, attribute="colors", before="", after="", region="all")
+    target = color_transfer(photo, second[0])
+    return Edit(
+        references=[photo, second[0]],
+        target=target,
+        instruction=instruction,
+        caption=f"{caption}, in the colors of: {second[1]}",
+        notes=notes,
+    )
+
+
+def styled(image: Image.Image, style: str) -> Image.Image:
+    """The picture in black and white (Rec. 601 luma) or sepia."""
+    matrix = np.array(SEPIA if style == "sepia" else (LUMA, LUMA, LUMA))
+    pixels = np.asarray(image, dtype=np.float64) @ matrix.T
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def damage_of(image: Image.Image, generator: np.random.Generator) -> tuple[str, Image.Image, str]:
+    """(name, damaged picture, instruction that asks for the undamaged one)."""
+    if generator.random() < 0.5:
+        sigma = generator.uniform(*NOISE_SIGMA)
+        pixels = np.asarray(image, dtype=np.float64)
+        noisy = (pixels + sigma * generator.standard_normal(pixels.shape)).round().clip(0, 255).astype(np.uint8)
+        return "noise", Image.fromarray(noisy), _one_of(("remove the noise", "clean up the noisy image"), generator)
+    radius = generator.uniform(*BLUR_RADIUS) * max(image.size) / 64
+    return "blur", image.filter(ImageFilter.GaussianBlur(radius)), _one_of(("sharpen the blurred image", "remove the blur"), generator)
+
+
+def color_transfer(image: Image.Image, palette: Image.Image) -> Image.Image:
+    """The picture with mean and spread of each YCbCr channel of `palette` (Reinhard 2001, in another opponent colour space)."""
+    pixels, wanted = (np.asarray(picture.convert("YCbCr"), dtype=np.float64) for picture in (image, palette))
+    axes = (0, 1)
+    moved = (pixels - pixels.mean(axes)) * (wanted.std(axes) / np.maximum(pixels.std(axes), 1.0)) + wanted.mean(axes)
+    return Image.fromarray(moved.round().clip(0, 255).astype(np.uint8), mode="YCbCr").convert("RGB")
+
+
+def _scene_from_two(scene: Scene, config: Scenes, generator: np.random.Generator, *jitter_key: object) -> Edit | None:
+    """The first picture with one thing of the second: its colour, shape, background or text."""
+    for attempt in range(NUM_SECONDS):
+        other = training_scene(config, *jitter_key, "second", attempt)
+        attribute = _one_of(("color", "shape", "background", "text"), generator)
+        value = getattr(other, attribute)
+        result = replace(scene, **{attribute: value})
+        if not value or result == scene or is_held_out(result, config.held_out_share):
+            continue
+        thing = "the background" if attribute == "background" else f"the {attribute}"
+        wordings = (f"use {thing} of the second image in the first image", f"give the first image {thing} of the second image")
+        notes = _notes(
+            "multi_reference", scene, result, attribute=attribute, before=getattr(scene, attribute), after=value, region=_region(attribute)
+        )
+        return Edit(
+            references=[render(scene, config.size_px, *jitter_key), render(other, config.size_px, *jitter_key, "second")],
+            target=render(result, config.size_px, *jitter_key),
+            instruction=_one_of(wordings, generator),
+            caption=describe(result, int(generator.integers(NUM_WORDINGS))),
+            notes=notes | {"second": other.to_dict()},
+        )
+    return None
+
+
+def _changes(operation: str, scene: Scene, config: Scenes) -> list[dict[str, str]]:
+    """The single changes of an operation, as fields to replace."""
+    if operation == "attribute":
+        colors = [{"color": name} for name in COLORS if name != scene.color]
+        return colors + [{"shape": name} for name in SHAPES if name != scene.shape]
+    if operation == "background":
+        return [{"background": name} for name in BACKGROUNDS if name != scene.background]
+    if operation == "removal":
+        return [{"text": ""}]
+    texts = [letter + digit for letter in config.letters for digit in config.digits]
+    return [{"text": text} for text in texts if text != scene.text]
+
+
+def _wordings(scene: Scene, attribute: str, value: str) -> tuple[str, ...]:
+    if attribute == "color":
+        return f"change the {scene.color} {scene.shape} to {value}", f"make the {scene.shape} {value}"
+    if attribute == "shape":
+        return (
+            f"change the {scene.color} {scene.shape} to {article(value)} {value}",
+            f"turn the {scene.shape} into {article(value)} {value}",
+        )
+    if attribute == "background":
+        return f"make the background {value}", f"change the background to {value}"
+    if not value:
+        return "remove the text", f"remove the text {scene.text}"
+    if not scene.text:
+        return f"add the text {value}", f"write the text {value}"
+    return f"change the text to {value}", f"change the text {scene.text} to {value}"
+
+
+def _style_wording(style: str, generator: np.random.Generator) -> str:
+    return _one_of((f"make it {style}", f"turn it into a {style} picture"), generator)
+
+
+def _styled_caption(scene: Scene, style: str) -> str:
+    text = f" with the text {scene.text}" if scene.text else ""
+    return f"a {style} picture of a {scene.shape} on the {scene.position}{text}"
+
+
+def _region(attribute: str) -> str:
+    """Where a change may be seen; all the rest is to stay as it was."""
+    return {"color": "shape", "shape": "shape", "text": "text"}.get(attribute, "background")
+
+
+def _notes(
+    operation: str, source: Scene | None, target: Scene | None, *, attribute: str, before: str, after: str, region: str
+) -> dict[str, Any]:
+    change = {"attribute": attribute, "from": before, "to": after, "region": region}
+    scenes = {"source": source.to_dict() if source else None, "target": target.to_dict() if target else None}
+    return {"operation": operation, "change": change} | scenes
+
+
+def _one_of(values: Sequence[Value], generator: np.random.Generator) -> Value:
+    return values[int(generator.integers(len(values)))]
