@@ -1,13 +1,15 @@
 """train_vae: the f16c64 residual autoencoder (R1 3.1, R2): reconstruction and relaxing semantic alignment, no GAN, no KL.
 
-Takes the kept rows and the raw shards; leaves the EMA weights in `vae/` with the latents' channel statistics, the curves,
-and `reconstructions.png`. Resumes bitwise from its newest checkpoint.
+Takes the kept rows and the raw shards; leaves the averaged weights with the latents' statistics in `vae/`, the curves, and
+`reconstructions.png`. Rows held out are scored, never trained on. Resumes bitwise from its newest checkpoint: every draw
+is keyed by its step, and a checkpoint holds all that a step reads.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,154 +21,190 @@ from torch import Tensor, nn
 from model_core.context import StepContext
 from model_core.data.buckets import fit
 from model_core.data.keys import keyed_generator
-from model_core.data.pixels import image_bytes, image_tensor, tensor_image
-from model_core.data.shards import decode_image, read_kept_rows
+from model_core.data.pixels import image_tensor, tensor_image
+from model_core.data.shards import RawRow, decode_image, read_kept_rows
 from model_core.evaluation.reconstruction import psnr, ssim
+from model_core.models.teacher import OrientedEdges
 from model_core.models.vae import ResidualVAE, load_vae, save_vae
-from model_core.objectives.autoencoding import alignment_loss, edge_loss, gradient_features, relaxed
-from model_core.recipe import VAE, CompressionRatio, UserError
+from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss
+from model_core.recipe import VAE, UserError
 from model_core.training.curves import Curves
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
 
 LOG_EVERY_STEPS = 20
+BETAS = (0.9, 0.99)
 STATISTICS_IMAGES = 1024
-SCORED_IMAGES = 256
+SCORED_IMAGES = 512
 SHOWN_IMAGES = 8
-TEACHER_CHANNELS = 15
+EVAL_BATCH = 64
 
 
 def run(context: StepContext) -> dict[str, Any]:
     """Trains to the end; returns held-out scores, counts and times."""
     config, seed = context.recipe.vae, context.recipe.seed
     began = time.monotonic()
-    images, held_out = _read_images(context, config.crop_px)
-    read_seconds = time.monotonic() - began
+    rows, held_out = _read_rows(context)
+    data_seconds = time.monotonic() - began
 
     torch.use_deterministic_algorithms(True)
-    model = _Trained(_initial_vae(config, seed))
+    teacher = OrientedEdges()
+    torch.manual_seed(seed)  # modules draw their initial weights from the global generator
+    model = AlignedVAE(_initial_vae(config), teacher_dim=teacher.dim)
     ema = ema_of(model.vae)
     optimizer = Optimizer(
-        model, lr=config.lr, warmup_steps=config.warmup_steps, betas=(0.9, 0.95), weight_decay=config.weight_decay, grad_clip=config.grad_clip
+        model, lr=config.lr, warmup_steps=config.warmup_steps, betas=BETAS, weight_decay=config.weight_decay, grad_clip=config.grad_clip
     )
-    curves = Curves("loss", "l1", "align", "grad_norm")
-    first = 0
-    if found := context.checkpoints.latest():
-        first, state = found
-        for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (curves, "curves")):
-            part.load_state_dict(state[name])
-        context.progress.say(f"resumed after step {first}")
+    curves = Curves("loss", "l1", "mse", "edge", "align", "grad_norm")
+    first = _resume(context, model=model, ema=ema, optimizer=optimizer, curves=curves)
 
-    began, data_seconds = time.monotonic(), 0.0
+    began, batch_seconds = time.monotonic(), 0.0
     for step in range(first, config.steps):
         fetched = time.monotonic()
-        batch = _batch(images, step, config, seed)
-        data_seconds += time.monotonic() - fetched
-        losses = model(batch, config, progress=step / config.steps)
-        losses[0].backward()  # type: ignore[no-untyped-call]
+        images = batch(rows, step=step, config=config, seed=seed)
+        batch_seconds += time.monotonic() - fetched
+        loss, parts = losses(model, teacher, images, config=config, step=step)
+        loss.backward()
         norm = optimizer.step(step)
         update_ema(ema, model.vae, step=step, decay=config.ema_decay)
-        curves.add(*(loss.detach() for loss in losses), norm)
+        curves.add(loss.detach(), *parts, norm)
         done = step + 1
         if done % LOG_EVERY_STEPS == 0 or done == config.steps:
             point = curves.close(done)
             context.tracker.metrics({f"train/{name}": value for name, value in point.items() if name != "step"}, step=done)
         if done % config.checkpoint_every_steps == 0 and done < config.steps:
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves.state_dict()}
-            context.checkpoints.save(done, state)
+            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            context.checkpoints.save(done, state | {"curves": curves.state_dict()})
         context.progress.update(done, config.steps, f"loss {curves.last:.4f}")
-    train_seconds = time.monotonic() - began
+    seconds = time.monotonic() - began
 
     assert isinstance(ema, ResidualVAE)
-    set_statistics(ema, images, seed=seed)
-    save_vae(ema, context.output / "vae")
-    (context.output / "curves.json").write_text(json.dumps(curves.points, indent=1) + "\n")
-    scores = score(ema, held_out if len(held_out) else images[:SCORED_IMAGES])
-    _show(ema, held_out if len(held_out) else images, context.output / "reconstructions.png")
-    return scores | {
+    return _publish(context, ema=ema, rows=rows, held_out=held_out, curves=curves) | {
         "steps": config.steps,
-        "rows": len(images),
+        "rows": len(rows),
         "parameters": sum(parameter.numel() for parameter in ema.parameters()),
-        "train_seconds": round(train_seconds - data_seconds, 3),
-        "data_seconds": round(data_seconds + read_seconds, 3),
-        "images_per_second": round((config.steps - first) * config.batch_size / max(train_seconds, 1e-9), 1),
+        "train_seconds": round(seconds - batch_seconds, 3),
+        "data_seconds": round(data_seconds + batch_seconds, 3),
+        "images_per_second": round((config.steps - first) * config.batch_size / max(seconds, 1e-9), 1),
     }
 
 
-class _Trained(nn.Module):
-    """The VAE and the linear map from its latent to the teacher's features, which only training needs."""
+class AlignedVAE(nn.Module):
+    """The VAE and the linear map from its latent to the teacher's features, which training alone needs (R2 4.2)."""
 
-    def __init__(self, vae: ResidualVAE) -> None:
+    def __init__(self, vae: ResidualVAE, *, teacher_dim: int) -> None:
         super().__init__()
         self.vae = vae
-        self.project = nn.Conv2d(vae.config.latent_channels, TEACHER_CHANNELS, 1, bias=False)
-
-    def forward(self, images: Tensor, config: VAE, *, progress: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(total loss, L1, alignment) of pictures (B, 3, H, W)."""
-        latents = self.vae.encode(images)
-        decoded = self.vae.decode(latents)
-        l1 = (decoded - images).abs().mean()
-        total = config.l1_weight * l1
-        if config.mse_weight:
-            total = total + config.mse_weight * (decoded - images).square().mean()
-        if config.edge_weight:
-            total = total + config.edge_weight * edge_loss(decoded, images)
-        margin_cos, margin_dist = relaxed(progress, strict=config.align_margins, loose=config.align_margins_relaxed)
-        features = gradient_features(images, cell_px=CompressionRatio)
-        align = alignment_loss(self.project(latents), features, margin_cos=margin_cos, margin_dist=margin_dist)
-        return total + config.align_weight * align, l1, align
+        self.project = nn.Conv2d(vae.config.latent_channels, teacher_dim, 1, bias=False)
 
 
-def _read_images(context: StepContext, crop_px: int) -> tuple[Tensor, Tensor]:
-    """(training pictures, held-out pictures), uint8 (N, 3, crop, crop), scaled to cover the crop."""
-    chosen: dict[bool, list[Tensor]] = {False: [], True: []}
-    for row in read_kept_rows(context.inputs["kept"], context.inputs):
-        picture = fit(decode_image(row.image), (crop_px, crop_px))
-        chosen[row.held_out].append(torch.from_numpy(np.array(picture)).permute(2, 0, 1))
-    if not chosen[False]:
-        raise UserError("train_vae: the kept rows hold no picture to train on; allowed is at least one that is not held out")
-    return torch.stack(chosen[False]), torch.stack(chosen[True]) if chosen[True] else torch.empty(0, 3, crop_px, crop_px, dtype=torch.uint8)
+def losses(model: AlignedVAE, teacher: nn.Module, images: Tensor, *, config: VAE, step: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The weighted loss of pictures (B, 3, H, W) at a step, and its detached parts: L1, MSE, edges, alignment."""
+    latents = model.vae.encode(images)
+    decoded = model.vae.decode(latents)
+    margins = margins_at(step, steps=config.steps, strict=config.align_margins, relaxed=config.align_margins_relaxed)
+    parts = (
+        l1_loss(decoded, images),
+        mse_loss(decoded, images),
+        edge_loss(decoded, images),
+        alignment_loss(model.project(latents), teacher(images), margins=margins),
+    )
+    weights = (config.l1_weight, config.mse_weight, config.edge_weight, config.align_weight)
+    loss = torch.stack([weight * part for weight, part in zip(weights, parts, strict=True) if weight]).sum()
+    return loss, tuple(part.detach() for part in parts)
 
 
-def _initial_vae(config: VAE, seed: int) -> ResidualVAE:
-    """The VAE at `vae.path`, or a fresh one keyed by the seed."""
-    if config.path is not None:
-        vae = load_vae(Path(config.path))
-        return vae.train().requires_grad_(True)
-    torch.manual_seed(seed)  # modules draw their initial weights from the global generator
-    return ResidualVAE(config.model)
-
-
-def _batch(images: Tensor, step: int, config: VAE, seed: int) -> Tensor:
-    """The pictures of optimizer step `step` in [-1, 1], half of them mirrored; a pure function of its arguments."""
+def batch(rows: Sequence[RawRow], *, step: int, config: VAE, seed: int) -> Tensor:
+    """The pictures (B, 3, crop, crop) of optimizer step `step`: rows and places keyed, so a pure function of its arguments."""
     generator = keyed_generator(seed, "vae", step)
-    chosen = images[torch.from_numpy(generator.integers(len(images), size=config.batch_size))].float() / 127.5 - 1
-    mirrored = torch.from_numpy(generator.random(config.batch_size) < 0.5)
-    return torch.where(mirrored[:, None, None, None], chosen.flip(3), chosen)
+    chosen = [rows[index] for index in generator.integers(len(rows), size=config.batch_size)]
+    return torch.stack([image_tensor(_crop(decode_image(row.image), config.crop_px, generator)) for row in chosen])
+
+
+def _crop(image: Image.Image, side_px: int, generator: np.random.Generator) -> Image.Image:
+    """A square of the picture's own pixels at a drawn place; one that is too small is scaled to cover the square first."""
+    if min(image.size) < side_px:
+        image = fit(image, (max(side_px, image.height), max(side_px, image.width)))
+    left, top = (int(generator.integers(side - side_px + 1)) for side in image.size)
+    return image.crop((left, top, left + side_px, top + side_px))
+
+
+def _read_rows(context: StepContext) -> tuple[list[RawRow], list[RawRow]]:
+    """(rows to train on, rows held out), their pictures still encoded."""
+    rows: dict[bool, list[RawRow]] = {False: [], True: []}
+    for row in read_kept_rows(context.inputs["kept"], context.inputs):
+        rows[row.held_out].append(row)
+    if not rows[False]:
+        raise UserError("train_vae: found no picture to train on among the kept rows; allowed is at least one that is not held out")
+    return rows[False], rows[True]
+
+
+def _initial_vae(config: VAE) -> ResidualVAE:
+    """The VAE at `vae.path`, or a fresh one."""
+    return ResidualVAE(config.model) if config.path is None else load_vae(Path(config.path)).train()
+
+
+def _resume(context: StepContext, *, model: nn.Module, ema: nn.Module, optimizer: Optimizer, curves: Curves) -> int:
+    """Takes up the newest checkpoint; returns the first step that is left to do."""
+    found = context.checkpoints.latest()
+    if found is None:
+        return 0
+    step, state = found
+    for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (curves, "curves")):
+        part.load_state_dict(state[name])
+    context.progress.say(f"resumed after step {step}")
+    return step
+
+
+def _publish(context: StepContext, *, ema: ResidualVAE, rows: list[RawRow], held_out: list[RawRow], curves: Curves) -> dict[str, Any]:
+    """Sets the latents' statistics and writes weights, curves and the sheet; returns the scores."""
+    config, seed = context.recipe.vae, context.recipe.seed
+    set_statistics(ema, _pictures(_sample(rows, STATISTICS_IMAGES, seed, "statistics"), config.crop_px))
+    save_vae(ema, context.output / "vae")
+    (context.output / "curves.json").write_text(json.dumps(curves.points, indent=1) + "\n")
+    # A handful of pictures may have none held out; then the scores say on what they were taken.
+    scored = _sample(held_out or rows, SCORED_IMAGES, seed, "scores")
+    images = _pictures(scored, config.crop_px)
+    scores = score(ema, images, [row.kind for row in scored])
+    show(ema, images[:SHOWN_IMAGES], context.output / "reconstructions.png")
+    context.tracker.metrics({f"val/{name}": value for name, value in scores.items()}, step=config.steps)
+    context.tracker.image("reconstructions", context.output / "reconstructions.png", config.steps)
+    return scores | {"scored_rows": len(scored), "scored_on": "held out" if held_out else "trained"}
+
+
+def _sample(rows: list[RawRow], num: int, seed: int, purpose: str) -> list[RawRow]:
+    """At most `num` rows, drawn without repeats and keyed by their purpose."""
+    return [rows[index] for index in keyed_generator(seed, "vae", purpose).permutation(len(rows))[:num]]
+
+
+def _pictures(rows: list[RawRow], side_px: int) -> Tensor:
+    """(N, 3, side, side), each scaled to cover the square and cropped at its centre."""
+    return torch.stack([image_tensor(fit(decode_image(row.image), (side_px, side_px))) for row in rows])
 
 
 @torch.inference_mode()
-def set_statistics(vae: ResidualVAE, images: Tensor, *, seed: int) -> None:
-    """Sets the latents' mean and deviation a channel, over a keyed sample of the training pictures (uint8)."""
-    order = keyed_generator(seed, "latent statistics").permutation(len(images))[:STATISTICS_IMAGES]
-    batches = torch.from_numpy(np.sort(order)).split(64)
-    latents = torch.cat([vae.encode(images[index].float() / 127.5 - 1).flatten(2) for index in batches]).double()
+def set_statistics(vae: ResidualVAE, images: Tensor) -> None:
+    """Sets the latents' mean and deviation a channel to those of the pictures' latents."""
+    latents = torch.cat([vae.encode(part).flatten(2) for part in images.split(EVAL_BATCH)]).double()
     vae.latent_mean.copy_(latents.mean(dim=(0, 2)))
-    vae.latent_std.copy_(latents.std(dim=(0, 2)).clamp_min(1e-4))
+    # A channel that never changes carries nothing; its deviation stays above zero so that it can be divided by.
+    vae.latent_std.copy_(latents.std(dim=(0, 2), correction=0).clamp_min(1e-4))
 
 
 @torch.inference_mode()
-def score(vae: ResidualVAE, images: Tensor) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of reconstructions of up to SCORED_IMAGES uint8 pictures."""
-    pairs = [(image_bytes(vae.decode(vae.encode(part.float() / 127.5 - 1))), part) for part in images[:SCORED_IMAGES].split(64)]
-    values = [torch.cat([metric(decoded, part) for decoded, part in pairs]).clamp_max(100.0) for metric in (psnr, ssim)]
-    return {"psnr": round(values[0].mean().item(), 4), "ssim": round(values[1].mean().item(), 5)}
+def score(vae: ResidualVAE, images: Tensor, kinds: Sequence[str]) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of the reconstructions; PSNR also a kind."""
+    pairs = [(vae.decode(vae.encode(part)), part) for part in images.split(EVAL_BATCH)]
+    decibels, similarity = (torch.cat([metric(*pair) for pair in pairs]) for metric in (psnr, ssim))
+    result = {"psnr": round(decibels.mean().item(), 4), "ssim": round(similarity.mean().item(), 5)}
+    for kind in sorted(set(kinds)):
+        chosen = torch.tensor([other == kind for other in kinds])
+        result[f"psnr_{kind}"] = round(decibels[chosen].mean().item(), 4)
+    return result
 
 
 @torch.inference_mode()
-def _show(vae: ResidualVAE, images: Tensor, path: Path) -> None:
-    """Draws originals above their reconstructions, three times as large."""
-    shown = images[:SHOWN_IMAGES].float() / 127.5 - 1
-    rows = [torch.cat(list(part), dim=2) for part in (shown, vae.decode(vae.encode(shown)))]
-    sheet = tensor_image(torch.cat(rows, dim=1))
+def show(vae: ResidualVAE, images: Tensor, path: Path) -> None:
+    """Draws pictures above their reconstructions, three times as large."""
+    sheet = tensor_image(torch.cat([torch.cat(list(row), dim=2) for row in (images, vae.decode(vae.encode(images)))], dim=1))
     sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST).save(path)
