@@ -135,7 +135,9 @@ class VAEModel(Section):
     decoder_widths: list[Count] = Field(default_factory=lambda: [1152, 1152, 576, 288, 144], min_length=1)  # S
     encoder_blocks: Count = 2  # residual blocks a level; S
     decoder_blocks: Count = 3  # S
-    shortcut: Literal["none", "local", "global", "cosine"] = "global"  # R2 4.1: global converges fastest; cosine is ours, the same in a DCT basis
+    shortcut: Literal["none", "local", "global", "cosine"] = (
+        "global"  # R2 4.1: global converges fastest; cosine is ours, the same in a DCT basis
+    )
     mid_attention: bool = True  # S
 
     @model_validator(mode="after")
@@ -143,7 +145,9 @@ class VAEModel(Section):
         levels = int(math.log2(CompressionRatio // self.stem_fold)) + 1
         for side, widths in (("encoder_widths", self.encoder_widths), ("decoder_widths", self.decoder_widths)):
             if len(widths) != levels:
-                raise ValueError(f"{side} has {len(widths)} levels; a stem_fold of {self.stem_fold} needs {levels} to compress by {CompressionRatio}")
+                raise ValueError(
+                    f"{side} has {len(widths)} levels; a stem_fold of {self.stem_fold} needs {levels} to compress by {CompressionRatio}"
+                )
         return self
 
 
@@ -287,7 +291,6 @@ class Evaluation(Section):
     num_edits: Count = 48
     num_reconstructions: Count = 64
     grid_prompts: Count = 16  # of them shown in the report
-    judge_steps: Count = 600  # optimizer steps of the judge, on clean renders only
 
 
 class Registry(Section):
