@@ -1,0 +1,194 @@
+"""The step train_vae on a few drawn scenes: it resumes bitwise, scores rows it never saw, and its latents are standardised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from model_core.context import StepContext
+from model_core.data.keys import keyed_generator
+from model_core.data.shards import LocalFolder, RawRow, make_row, write_rows
+from model_core.data.synthetic import render, training_scene
+from model_core.evaluation.reconstruction import psnr
+from model_core.models.teacher import OrientedEdges
+from model_core.models.vae import ResidualVAE, load_vae
+from model_core.progress import Progress
+from model_core.recipe import Recipe, Scenes, UserError, parse_recipe
+from model_core.site import Site
+from model_core.steps.train_vae import AlignedVAE, batch, losses, run, score, set_statistics
+from model_core.storage import open_storage
+from model_core.tracking.spool import open_tracker
+from model_core.training.checkpoint import CheckpointStore
+
+VAE = {
+    "model": {"stem_fold": 4, "encoder_widths": [8, 8, 8], "decoder_widths": [8, 8, 8], "encoder_blocks": 1, "decoder_blocks": 1},
+    "crop_px": 32,
+    "steps": 6,
+    "batch_size": 2,
+    "warmup_steps": 2,
+    "checkpoint_every_steps": 2,
+}
+
+
+def recipe(**vae: object) -> Recipe:
+    return parse_recipe({"name": "tiny", "vae": VAE | vae, "mmdit": {"stages": {"S1": {}}}}, "recipe")
+
+
+def scene_rows(num: int, *, held_out: int) -> list[RawRow]:
+    pictures = [render(training_scene(Scenes(), 0, "scene", index), 64, 0, index) for index in range(num)]
+    rows = [make_row(picture, kind="image") for picture in pictures]
+    return [replace(row, held_out=index < held_out) for index, row in enumerate(rows)]
+
+
+@pytest.fixture
+def context_of(tmp_path: Path) -> Callable[..., StepContext]:
+    """Makes contexts; those of one name share their checkpoints."""
+
+    def context(name: str, rows: list[RawRow], **vae: object) -> StepContext:
+        inputs = {}
+        for source, content in (("images", rows), ("text_images", []), ("edits", [])):
+            inputs[source] = LocalFolder(tmp_path / name / source)
+            write_rows(inputs[source].root, content)
+        inputs["kept"] = LocalFolder(tmp_path / name)
+        entries = [{"sample_id": row.sample_id, "kind": row.kind, "input": "images"} for row in rows]
+        schema = pa.schema([("sample_id", pa.binary(16)), ("kind", pa.string()), ("input", pa.string())])
+        pq.write_table(pa.Table.from_pylist(entries, schema=schema), tmp_path / name / "kept.parquet")
+        output = tmp_path / name / "output"
+        output.mkdir(exist_ok=True)
+        return StepContext(
+            recipe=recipe(**vae),
+            site=Site(workspace=str(tmp_path)),
+            stage=None,
+            run="test",
+            key="0" * 16,
+            inputs=inputs,  # type: ignore[arg-type]
+            output=output,
+            scratch=tmp_path / name / "scratch",
+            checkpoints=CheckpointStore(open_storage((tmp_path / name).as_uri()), "checkpoints", print),
+            tracker=open_tracker(tmp_path / name / "spool", run="test", step="train_vae", stage=None, key="0" * 16, experiment="test"),
+            progress=Progress("train_vae"),
+        )
+
+    return context
+
+
+def test_a_run_that_is_interrupted_ends_with_the_same_bytes(context_of: Callable[..., StepContext]) -> None:
+    rows = scene_rows(6, held_out=2)
+    whole, broken = context_of("whole", rows), context_of("broken", rows)
+    run(whole)
+
+    saved = broken.checkpoints.save
+
+    def save_then_stop(step: int, state: dict[str, Any]) -> None:
+        saved(step, state)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    broken.checkpoints.save = save_then_stop  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(broken)
+    run(context_of("broken", rows))
+    for name in ("vae/model.safetensors", "vae/config.json", "curves.json", "reconstructions.png"):
+        assert (whole.output / name).read_bytes() == (broken.output / name).read_bytes(), name
+
+
+def test_scores_are_of_held_out_rows_by_the_published_weights(context_of: Callable[..., StepContext]) -> None:
+    rows = scene_rows(6, held_out=2)
+    context = context_of("run", rows)
+    stats = run(context)
+    vae = load_vae(context.output / "vae")
+    images = torch.stack([picture_of(row) for row in rows[:2]])
+    with torch.inference_mode():
+        expected = psnr(vae(images), images).mean().item()
+    assert stats["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert stats["psnr_image"] == stats["psnr"]
+    assert (stats["scored_rows"], stats["scored_on"], stats["rows"]) == (2, "held out", 4)
+
+
+def picture_of(row: RawRow) -> torch.Tensor:
+    import io
+
+    picture = Image.open(io.BytesIO(row.image)).resize((32, 32), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+
+
+def test_where_nothing_is_held_out_the_scores_say_so(context_of: Callable[..., StepContext]) -> None:
+    assert run(context_of("run", scene_rows(3, held_out=0)))["scored_on"] == "trained"
+
+
+def test_without_a_picture_to_train_on_there_is_one_sentence(context_of: Callable[..., StepContext]) -> None:
+    with pytest.raises(UserError, match="no picture to train on"):
+        run(context_of("run", scene_rows(2, held_out=2)))
+
+
+def test_training_goes_on_from_the_weights_at_path(context_of: Callable[..., StepContext]) -> None:
+    rows = scene_rows(4, held_out=1)
+    first = context_of("first", rows)
+    run(first)
+    second = context_of("second", rows, path=str(first.output / "vae"), steps=1, lr=1e-12, warmup_steps=0)
+    run(second)
+    before, after = load_vae(first.output / "vae"), load_vae(second.output / "vae")
+    for mine, theirs in zip(before.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
+
+
+def test_curves_hold_a_point_for_the_end(context_of: Callable[..., StepContext]) -> None:
+    context = context_of("run", scene_rows(3, held_out=1))
+    run(context)
+    points = json.loads((context.output / "curves.json").read_text())
+    assert points[-1]["step"] == 6
+    assert set(points[-1]) == {"step", "loss", "l1", "mse", "edge", "align", "grad_norm"}
+
+
+def test_a_batch_holds_the_pictures_own_pixels_at_keyed_places() -> None:
+    noise = Image.fromarray(keyed_generator("noise").integers(256, size=(48, 80, 3), dtype=np.uint8))
+    config = recipe(batch_size=8).vae
+    drawn = batch([make_row(noise, kind="image")], step=3, config=config, seed=0)
+    assert drawn.shape == (8, 3, 32, 32)
+    assert torch.equal(drawn, batch([make_row(noise, kind="image")], step=3, config=config, seed=0))
+    windows = np.lib.stride_tricks.sliding_window_view(np.array(noise), (32, 32, 3))[:, :, 0].reshape(-1, 32, 32, 3)
+    crops = ((drawn + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    places = [np.flatnonzero((windows == crop).all(axis=(1, 2, 3))) for crop in crops]
+    assert all(len(place) == 1 for place in places)
+    assert len({int(place[0]) for place in places}) > 4
+
+
+def test_small_pictures_are_scaled_to_cover_the_crop() -> None:
+    row = make_row(Image.new("RGB", (20, 50), (255, 0, 0)), kind="image")
+    assert torch.equal(batch([row], step=0, config=recipe().vae, seed=0)[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
+    config = recipe(l1_weight=2.0, mse_weight=3.0, edge_weight=5.0, align_weight=7.0).vae
+    torch.manual_seed(0)
+    teacher = OrientedEdges()
+    loss, parts = losses(AlignedVAE(ResidualVAE(config.model), teacher_dim=teacher.dim), teacher, torch.rand(2, 3, 32, 32), config=config, step=0)
+    assert loss.item() == pytest.approx(sum(w * part.item() for w, part in zip((2.0, 3.0, 5.0, 7.0), parts, strict=True)), rel=1e-5)
+
+
+def test_standardised_latents_of_the_sample_have_mean_zero_and_deviation_one() -> None:
+    torch.manual_seed(0)
+    vae = ResidualVAE(recipe().vae.model)
+    images = torch.rand(9, 3, 32, 32) * 2 - 1
+    set_statistics(vae, images)
+    latents = vae.standardise(vae.encode(images)).flatten(2)
+    torch.testing.assert_close(latents.mean(dim=(0, 2)), torch.zeros(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(dim=(0, 2), correction=0), torch.ones(64), atol=1e-4, rtol=0)
+
+
+def test_scores_are_told_a_kind() -> None:
+    vae = ResidualVAE(recipe().vae.model)
+    flat, noise = torch.zeros(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    told = score(vae, torch.cat((flat, noise)), ["image", "edit"])
+    assert told["psnr"] == pytest.approx((told["psnr_image"] + told["psnr_edit"]) / 2, abs=1e-3)
+    assert told["psnr_image"] > told["psnr_edit"]
