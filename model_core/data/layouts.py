@@ -15,6 +15,7 @@ import csv
 import io
 import json
 import tarfile
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -106,6 +107,11 @@ def column(names: Sequence[str], wanted: Sequence[str]) -> str | None:
     return next((name for name in wanted if name in names), None)
 
 
+def clean(text: str) -> str:
+    """The text on one line, without control signs and halves of surrogate pairs, which no caption file can mean."""
+    return " ".join("".join(sign if unicodedata.category(sign) not in ("Cc", "Cs") else " " for sign in text).split())
+
+
 def _entries(text: str, form: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, mapping) of each entry of a document."""
     if form == "metadata.csv":
@@ -137,7 +143,7 @@ def _note(entry: dict[str, Any]) -> Note:
     def first(wanted: Sequence[str]) -> str:
         value = next((entry[key] for key in wanted if entry.get(key)), "")
         value = value[0] if isinstance(value, list) else value  # several captions: the first
-        return value.strip() if isinstance(value, str) else ""
+        return clean(value) if isinstance(value, str) else ""
 
     return Note(first(CAPTION_COLUMNS), first(LICENCE_COLUMNS))
 
@@ -161,12 +167,12 @@ def _note_in(data: bytes, name: str) -> Note | None:
     """What a caption file says; None when it cannot be read."""
     text = _text(data)
     if text is None or not name.endswith(".json"):
-        return None if text is None else Note(" ".join(text.split()))
+        return None if text is None else Note(clean(text))
     try:
         value = json.loads(text)
     except ValueError:
         return None
-    return _note(value) if isinstance(value, dict) else Note(value.strip()) if isinstance(value, str) else None
+    return _note(value) if isinstance(value, dict) else Note(clean(value)) if isinstance(value, str) else None
 
 
 def _read_parquet(file: Path, path: str, skipped: Skipped) -> Iterator[FoundPicture]:

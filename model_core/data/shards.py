@@ -202,14 +202,19 @@ def spread_rows(folder: Folder, num: int) -> list[RawRow]:
     return [row for index, row in enumerate(read_rows(folder)) if index in wanted]
 
 
-def read_kept_rows(kept: Folder, inputs: Mapping[str, Folder], *, kinds: Sequence[str] | None = None) -> Iterator[RawRow]:
-    """The rows that `kept.parquet` lists, of the given kinds (None: all), input by input in their stored order."""
+def read_kept_rows(
+    kept: Folder, inputs: Mapping[str, Folder], *, kinds: Sequence[str] | None = None, columns: Sequence[str] | None = None
+) -> Iterator[RawRow]:
+    """The rows that `kept.parquet` lists of these inputs, of the given kinds (None: all), input by input in their stored order.
+
+    With `columns`, which must name sample_id, the other fields keep their defaults.
+    """
     wanted: dict[str, set[bytes]] = {}
     for entry in pq.read_table(kept.path("kept.parquet"), columns=["sample_id", "kind", "input"]).to_pylist():
-        if kinds is None or entry["kind"] in kinds:
+        if entry["input"] in inputs and (kinds is None or entry["kind"] in kinds):
             wanted.setdefault(entry["input"], set()).add(entry["sample_id"])
     for source in sorted(wanted):
-        for row in read_rows(inputs[source]):
+        for row in read_rows(inputs[source], columns=columns):
             if row.sample_id in wanted[source]:
                 yield row
 
