@@ -25,7 +25,7 @@ from model_core.claim import acquire
 from model_core.context import StepContext
 from model_core.manifest import Code, Manifest, TrackedRun, parse_manifest
 from model_core.progress import Progress
-from model_core.recipe import Recipe, UserError, load_recipe
+from model_core.recipe import Recipe, UserError, load_recipe, section
 from model_core.run_record import StepRecord, check_run_name, write_step
 from model_core.site import Site, load_site
 from model_core.steps.registry import STEPS, StepSpec, step_spec
@@ -126,6 +126,7 @@ def run_step(spec: StepSpec, recipe: Recipe, site: Site, *, run: str, stage: str
                     shutil.rmtree(context.scratch)
             manifest = manifest or workspace.find(address)
         assert manifest is not None, "acquire returns None only when the manifest exists"
+        tracker.params({path: section(recipe, path) for path in (part.format(stage=stage) for part in spec.sections)})
         _report(tracker, manifest, inputs=inputs, reused=reused)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(manifest.to_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -73,7 +74,7 @@ class Site(Section):
         """The workspace as a file:// or s3:// uri."""
         if "://" in self.workspace:
             return self.workspace.rstrip("/")
-        return Path(self.workspace).expanduser().resolve().as_uri()
+        return f"file://{Path(self.workspace).expanduser().resolve()}"  # as it is: nothing reads %20 back
 
     @property
     def scratch_folder(self) -> Path:
@@ -81,7 +82,7 @@ class Site(Section):
         if self.scratch is not None:
             return Path(self.scratch).expanduser().resolve()
         if self.workspace_uri.startswith("file://"):
-            return Path(self.workspace_uri.removeprefix("file://")) / ".scratch"
+            return Path(unquote(self.workspace_uri.removeprefix("file://"))) / ".scratch"
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         return cache / "darkroom" / self.workspace_uri.removeprefix("s3://").replace("/", "--")
 

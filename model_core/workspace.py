@@ -18,7 +18,7 @@ from model_core.manifest import FILE_NAME, Code, FileEntry, Manifest, Parent, Tr
 from model_core.recipe import Recipe, UserError, canonical_digest, section
 from model_core.site import Site
 from model_core.steps.registry import StepSpec
-from model_core.storage import NotFoundError, Storage, open_storage
+from model_core.storage import ConflictError, NotFoundError, Storage, open_storage
 
 KEY_LENGTH = 16
 PRIVATE = ("claim.json", FILE_NAME)  # names in a step's folder that are not results
@@ -186,7 +186,10 @@ class Workspace:
         if self.storage.local_path(address.prefix) is None:
             for entry in files:
                 self.storage.upload(f"{address.prefix}/{entry.path}", folder / entry.path)
-        self.storage.put(f"{address.prefix}/{FILE_NAME}", manifest.to_bytes(), create_only=True)
+        try:
+            self.storage.put(f"{address.prefix}/{FILE_NAME}", manifest.to_bytes(), create_only=True)
+        except ConflictError:
+            manifest = self.find(address) or manifest
         if self.storage.local_path(address.prefix) is None:
             shutil.rmtree(folder)
         return manifest

@@ -14,7 +14,7 @@ from model_core.manifest import Code, Manifest, TrackedRun, parse_manifest
 from model_core.recipe import UserError, parse_recipe
 from model_core.site import Site, load_site, parse_site
 from model_core.steps.registry import STEPS
-from model_core.storage import ConflictError, open_storage
+from model_core.storage import open_storage
 from model_core.workspace import Address, InputFolder, StepResult, Workspace, check_inputs, step_key
 
 RECIPE = parse_recipe({"name": "tiny", "mmdit": {"stages": {"S1": {}, "S2": {}}}}, "recipe")
@@ -59,11 +59,14 @@ def test_an_input_whose_file_is_not_what_its_manifest_promises_is_refused(tmp_pa
         InputFolder(manifest, site=site).path("deep/a.txt")
 
 
-def test_the_second_commit_of_a_key_is_refused(tmp_path):
+def test_of_two_commits_of_a_key_the_first_stands(tmp_path):
     workspace = Workspace(Site(workspace=str(tmp_path)))
-    commit(workspace)
-    with pytest.raises(ConflictError):
-        commit(workspace)
+    first = commit(workspace)
+    assert commit(workspace) == first
+
+
+def test_a_workspace_with_a_space_in_its_name_keeps_its_scratch_inside(tmp_path):
+    assert Site(workspace=str(tmp_path / "my runs")).scratch_folder == tmp_path / "my runs" / ".scratch"
 
 
 def test_content_digests_do_not_see_where_or_when_the_content_was_made(tmp_path):
