@@ -130,14 +130,12 @@ class VAEModel(Section):
     """f16c64 residual autoencoder (R1 3.1, R2). Defaults are the successor's published widths (S)."""
 
     latent_channels: Count = 64  # R1: c64
-    stem_fold: Literal[1, 2, 4] = 1  # pixels folded into channels before the first convolution; 4 makes a CPU fast enough (ours)
+    stem_fold: Literal[1, 2, 4, 8, 16] = 1  # side of the block of pixels folded into channels first; 8 makes a CPU fast enough (ours)
     encoder_widths: list[Count] = Field(default_factory=lambda: [96, 192, 384, 768, 768], min_length=1)  # S
     decoder_widths: list[Count] = Field(default_factory=lambda: [1152, 1152, 576, 288, 144], min_length=1)  # S
     encoder_blocks: Count = 2  # residual blocks a level; S
     decoder_blocks: Count = 3  # S
-    shortcut: Literal["none", "local", "global", "cosine"] = (
-        "global"  # R2 4.1: global converges fastest; cosine is ours, the same in a DCT basis
-    )
+    shortcut: Literal["none", "local", "global", "cosine"] = "global"  # R2 4.1: global is fastest; cosine: on a DCT basis (ours)
     mid_attention: bool = True  # S
 
     @model_validator(mode="after")

@@ -38,9 +38,9 @@ def test_published_widths_have_the_published_number_of_parameters() -> None:
 
 
 @pytest.mark.parametrize("shortcut", ["none", "local", "global", "cosine"])
-@pytest.mark.parametrize("stem_fold", [1, 2, 4])
+@pytest.mark.parametrize("stem_fold", [1, 2, 4, 8, 16])
 def test_sixteen_times_smaller_sides_and_64_channels(shortcut: str, stem_fold: int) -> None:
-    levels = {1: 5, 2: 4, 4: 3}[stem_fold]
+    levels = {1: 5, 2: 4, 4: 3, 8: 2, 16: 1}[stem_fold]
     vae = tiny(shortcut=shortcut, stem_fold=stem_fold, encoder_widths=[8] * levels, decoder_widths=[64] + [16] * (levels - 1))
     images = pictures(2, 3, 48, 32)
     latents = vae.encode(images)
