@@ -172,7 +172,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     config = recipe(l1_weight=2.0, mse_weight=3.0, edge_weight=5.0, align_weight=7.0).vae
     torch.manual_seed(0)
     teacher = OrientedEdges()
-    loss, parts = losses(AlignedVAE(ResidualVAE(config.model), teacher_dim=teacher.dim), teacher, torch.rand(2, 3, 32, 32), config=config, step=0)
+    model = AlignedVAE(ResidualVAE(config.model), teacher_dim=teacher.dim)
+    loss, parts = losses(model, teacher, torch.rand(2, 3, 32, 32), config=config, step=0)
     assert loss.item() == pytest.approx(sum(w * part.item() for w, part in zip((2.0, 3.0, 5.0, 7.0), parts, strict=True)), rel=1e-5)
 
 
