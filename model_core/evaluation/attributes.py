@@ -28,7 +28,8 @@ def plain_prompts(num: int, config: Scenes, *, seed: int) -> list[Prompt]:
     scenes = held_out_scenes(num, config, seed=seed)
     wordings = [index % NUM_WORDINGS for index in range(num)]
     return [
-        Prompt(describe(scene, wording), index, asked_by(scene, wording)) for index, (scene, wording) in enumerate(zip(scenes, wordings, strict=True))
+        Prompt(describe(scene, wording), index, asked_by(scene, wording))
+        for index, (scene, wording) in enumerate(zip(scenes, wordings, strict=True))
     ]
 
 

@@ -100,7 +100,10 @@ class Judge:
 
     def validate(self, num: int, *, seed: int) -> dict[str, float]:
         """Share read right, by attribute, of `num` clean renders of held-out scenes, every eighth of them without a text."""
-        scenes = [replace(scene, text=scene.text if index % 8 else "") for index, scene in enumerate(held_out_scenes(num, self._config, seed=seed))]
+        scenes = [
+            replace(scene, text=scene.text if index % 8 else "")
+            for index, scene in enumerate(held_out_scenes(num, self._config, seed=seed))
+        ]
         readings = [self.read(render(scene, self._config.size_px, seed, "judge", index)) for index, scene in enumerate(scenes)]
         return accuracy(scenes, readings)
 
@@ -193,7 +196,9 @@ def _glyphs(signs: str) -> np.ndarray:
     center = TEXT_CENTERS["left"][0]
     shifts = [(dx, dy) for dx in GLYPH_SHIFTS for dy in GLYPH_SHIFTS]
     rows = [
-        _coverage(glyph_mask, sign, center[0] * SIDE + dx, center[1] * SIDE + dy)[_cell(center)].ravel() for dx, dy in shifts for sign in signs
+        _coverage(glyph_mask, sign, center[0] * SIDE + dx, center[1] * SIDE + dy)[_cell(center)].ravel()
+        for dx, dy in shifts
+        for sign in signs
     ]
     return _unit(np.stack(rows)).reshape(len(shifts), len(signs), -1)
 

@@ -1,0 +1,75 @@
+"""Draws many pictures with one model: requests of one size share a batch, and every picture has its own seed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from model_core.data.buckets import fit
+from model_core.data.pixels import image_tensor, tensor_image
+from model_core.models.condition import ConditionEncoder
+from model_core.models.mmdit import MMDiT
+from model_core.models.vae import ResidualVAE
+from model_core.recipe import Sampling
+from model_core.sampling.pipeline import sample
+
+BATCH_PIXELS = 64 * 64 * 64  # 64 pictures of 64 px
+
+
+@dataclass(frozen=True)
+class Painter:
+    """A trained model and how it is sampled."""
+
+    mmdit: MMDiT
+    vae: ResidualVAE
+    encoder: ConditionEncoder
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture to draw: `size_px` is (height, width); `references` are fitted to it."""
+
+    text: str
+    seed: int
+    size_px: tuple[int, int]
+    references: Sequence[Image.Image] = ()
+
+
+def draw(painter: Painter, requests: Sequence[Request], *, on_drawn: Callable[[int], None]) -> list[Image.Image]:
+    """One picture a request, in their order; `on_drawn` hears how many a finished batch held."""
+    groups: dict[tuple[tuple[int, int], int], list[int]] = defaultdict(list)
+    for index, request in enumerate(requests):
+        groups[request.size_px, len(request.references)].append(index)
+    drawn: dict[int, Image.Image] = {}
+    for (size_px, num_references), members in groups.items():
+        batch_size = max(1, BATCH_PIXELS // (size_px[0] * size_px[1]))
+        for first in range(0, len(members), batch_size):
+            chosen = members[first : first + batch_size]
+            references = [
+                torch.stack([image_tensor(fit(requests[index].references[slot], size_px)) for index in chosen])
+                for slot in range(num_references)
+            ]
+            pictures = sample(
+                painter.mmdit,
+                painter.vae,
+                painter.encoder,
+                [requests[index].text for index in chosen],
+                size_px=size_px,
+                seeds=[requests[index].seed for index in chosen],
+                sampling=painter.sampling,
+                references=references,
+            )
+            drawn |= {index: tensor_image(picture) for index, picture in zip(chosen, pictures, strict=True)}
+            on_drawn(len(chosen))
+    return [drawn[index] for index in range(len(requests))]
+
+
+@torch.inference_mode()
+def reconstruct(vae: ResidualVAE, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Each picture through the autoencoder and back; sides are multiples of 16."""
+    return [tensor_image(vae.decode(vae.encode(image_tensor(picture)[None]))[0]) for picture in pictures]
