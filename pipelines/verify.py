@@ -45,7 +45,7 @@ def verify(place: str, site: Site) -> Verification:
 
 def find_manifests(place: str, site: Site) -> Iterator[Manifest]:
     """The manifest at `place` (its file or its folder), else those of the workspace there."""
-    uri = place if "://" in place else f"file://{Path(place).expanduser().resolve()}"
+    uri = place if "://" in place else Path(place).expanduser().resolve().as_uri()
     folder, _, last = uri.rstrip("/").rpartition("/")
     storage, path = (open_storage(folder, site.s3), last) if last == FILE_NAME else (open_storage(uri, site.s3), FILE_NAME)
     try:

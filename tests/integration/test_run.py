@@ -51,11 +51,12 @@ runpy.run_path({str(REAL / "__main__.py")!r}, run_name="__main__")
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    package = tmp_path / "model_core"
-    package.mkdir()
+    folder = tmp_path / "a folder"
+    package = folder / "model_core"
+    package.mkdir(parents=True)
     (package / "__init__.py").write_text(FAKE_PACKAGE)
     (package / "__main__.py").write_text(FAKE_STEPS)
-    return tmp_path
+    return folder
 
 
 def start(here: Path, **wish: dict[str, Any]) -> subprocess.Popen[str]:

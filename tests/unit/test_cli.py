@@ -79,7 +79,7 @@ def test_built_in_recipes_are_found_by_name(name: str) -> None:
 
 def test_site_is_absolute_so_that_steps_find_it_from_anywhere(here: Path) -> None:
     site = find_site("local")
-    assert site.workspace == f"file://{here}/workspace"
+    assert site.workspace == (here / "workspace").as_uri()
     assert Path(site.scratch or "").is_absolute()
 
 
