@@ -44,7 +44,7 @@ def run(context: StepContext) -> dict[str, Any]:
     """Trains to the end; returns held-out scores, counts and times."""
     config, seed = context.recipe.vae, context.recipe.seed
     began = time.monotonic()
-    rows, held_out = _read_rows(context)
+    pictures, held_out = _read_pictures(context)
     data_seconds = time.monotonic() - began
 
     torch.use_deterministic_algorithms(True)
@@ -61,7 +61,7 @@ def run(context: StepContext) -> dict[str, Any]:
     began, batch_seconds = time.monotonic(), 0.0
     for step in range(first, config.steps):
         fetched = time.monotonic()
-        images = batch(rows, step=step, config=config, seed=seed)
+        images = batch(pictures, step=step, config=config, seed=seed)
         batch_seconds += time.monotonic() - fetched
         loss, parts = losses(model, teacher, images, config=config, step=step)
         loss.backward()
@@ -79,9 +79,9 @@ def run(context: StepContext) -> dict[str, Any]:
     seconds = time.monotonic() - began
 
     assert isinstance(ema, ResidualVAE)
-    return _publish(context, ema=ema, rows=rows, held_out=held_out, curves=curves) | {
+    return _publish(context, ema=ema, pictures=pictures, held_out=held_out, curves=curves) | {
         "steps": config.steps,
-        "rows": len(rows),
+        "pictures": len(pictures),
         "parameters": sum(parameter.numel() for parameter in ema.parameters()),
         "train_seconds": round(seconds - batch_seconds, 3),
         "data_seconds": round(data_seconds + batch_seconds, 3),
@@ -114,11 +114,11 @@ def losses(model: AlignedVAE, teacher: nn.Module, images: Tensor, *, config: VAE
     return loss, tuple(part.detach() for part in parts)
 
 
-def batch(rows: Sequence[RawRow], *, step: int, config: VAE, seed: int) -> Tensor:
-    """The pictures (B, 3, crop, crop) of optimizer step `step`: rows and places keyed, so a pure function of its arguments."""
+def batch(pictures: Sequence[bytes], *, step: int, config: VAE, seed: int) -> Tensor:
+    """Crops (B, 3, crop, crop) of optimizer step `step`: pictures and places keyed, so a pure function of its arguments."""
     generator = keyed_generator(seed, "vae", step)
-    chosen = [rows[index] for index in generator.integers(len(rows), size=config.batch_size)]
-    return torch.stack([image_tensor(_crop(decode_image(row.image), config.crop_px, generator)) for row in chosen])
+    chosen = [pictures[index] for index in generator.integers(len(pictures), size=config.batch_size)]
+    return torch.stack([image_tensor(_crop(decode_image(picture), config.crop_px, generator)) for picture in chosen])
 
 
 def _crop(image: Image.Image, side_px: int, generator: np.random.Generator) -> Image.Image:
@@ -129,14 +129,18 @@ def _crop(image: Image.Image, side_px: int, generator: np.random.Generator) -> I
     return image.crop((left, top, left + side_px, top + side_px))
 
 
-def _read_rows(context: StepContext) -> tuple[list[RawRow], list[RawRow]]:
-    """(rows to train on, rows held out), their pictures still encoded."""
-    rows: dict[bool, list[RawRow]] = {False: [], True: []}
+def _read_pictures(context: StepContext) -> tuple[list[bytes], list[RawRow]]:
+    """(encoded pictures to train on, held-out rows). An edit gives its target and its references: the transformer meets both."""
+    pictures: list[bytes] = []
+    held_out = []
     for row in read_kept_rows(context.inputs["kept"], context.inputs):
-        rows[row.held_out].append(row)
-    if not rows[False]:
+        if row.held_out:
+            held_out.append(row)
+        else:
+            pictures += [row.image, *row.references]
+    if not pictures:
         raise UserError("train_vae: found no picture to train on among the kept rows; allowed is at least one that is not held out")
-    return rows[False], rows[True]
+    return pictures, held_out
 
 
 def _initial_vae(config: VAE) -> ResidualVAE:
@@ -156,30 +160,27 @@ def _resume(context: StepContext, *, model: nn.Module, ema: nn.Module, optimizer
     return step
 
 
-def _publish(context: StepContext, *, ema: ResidualVAE, rows: list[RawRow], held_out: list[RawRow], curves: Curves) -> dict[str, Any]:
+def _publish(context: StepContext, *, ema: ResidualVAE, pictures: list[bytes], held_out: list[RawRow], curves: Curves) -> dict[str, Any]:
     """Sets the latents' statistics and writes weights, curves and the sheet; returns the scores."""
     config, seed = context.recipe.vae, context.recipe.seed
-    set_statistics(ema, _pictures(_sample(rows, STATISTICS_IMAGES, seed, "statistics"), config.crop_px))
+    order = keyed_generator(seed, "vae", "statistics").permutation(len(pictures))[:STATISTICS_IMAGES]
+    set_statistics(ema, _squares([pictures[index] for index in order], config.crop_px))
     save_vae(ema, context.output / "vae")
     (context.output / "curves.json").write_text(json.dumps(curves.points, indent=1) + "\n")
     # A handful of pictures may have none held out; then the scores say on what they were taken.
-    scored = _sample(held_out or rows, SCORED_IMAGES, seed, "scores")
-    images = _pictures(scored, config.crop_px)
-    scores = score(ema, images, [row.kind for row in scored])
+    scored = [(row.kind, row.image) for row in held_out] or [("trained", picture) for picture in pictures]
+    scored = [scored[index] for index in keyed_generator(seed, "vae", "scores").permutation(len(scored))[:SCORED_IMAGES]]
+    images = _squares([picture for _, picture in scored], config.crop_px)
+    scores = score(ema, images, [kind for kind, _ in scored])
     show(ema, images[:SHOWN_IMAGES], context.output / "reconstructions.png")
     context.tracker.metrics({f"val/{name}": value for name, value in scores.items()}, step=config.steps)
     context.tracker.image("reconstructions", context.output / "reconstructions.png", config.steps)
-    return scores | {"scored_rows": len(scored), "scored_on": "held out" if held_out else "trained"}
+    return scores | {"scored_pictures": len(scored), "scored_on": "held out" if held_out else "trained"}
 
 
-def _sample(rows: list[RawRow], num: int, seed: int, purpose: str) -> list[RawRow]:
-    """At most `num` rows, drawn without repeats and keyed by their purpose."""
-    return [rows[index] for index in keyed_generator(seed, "vae", purpose).permutation(len(rows))[:num]]
-
-
-def _pictures(rows: list[RawRow], side_px: int) -> Tensor:
+def _squares(pictures: Sequence[bytes], side_px: int) -> Tensor:
     """(N, 3, side, side), each scaled to cover the square and cropped at its centre."""
-    return torch.stack([image_tensor(fit(decode_image(row.image), (side_px, side_px))) for row in rows])
+    return torch.stack([image_tensor(fit(decode_image(picture), (side_px, side_px))) for picture in pictures])
 
 
 @torch.inference_mode()

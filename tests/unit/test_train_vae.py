@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from PIL import Image
 
 from model_core.context import StepContext
 from model_core.data.keys import keyed_generator
-from model_core.data.shards import LocalFolder, RawRow, make_row, write_rows
+from model_core.data.shards import LocalFolder, RawRow, encode_image, make_row, write_rows
 from model_core.data.synthetic import render, training_scene
 from model_core.evaluation.reconstruction import psnr
 from model_core.models.teacher import OrientedEdges
@@ -107,17 +108,15 @@ def test_scores_are_of_held_out_rows_by_the_published_weights(context_of: Callab
     context = context_of("run", rows)
     stats = run(context)
     vae = load_vae(context.output / "vae")
-    images = torch.stack([picture_of(row) for row in rows[:2]])
+    images = torch.stack([tensor_of(row) for row in rows[:2]])
     with torch.inference_mode():
         expected = psnr(vae(images), images).mean().item()
     assert stats["psnr"] == pytest.approx(expected, abs=1e-3)
     assert stats["psnr_image"] == stats["psnr"]
-    assert (stats["scored_rows"], stats["scored_on"], stats["rows"]) == (2, "held out", 4)
+    assert (stats["scored_pictures"], stats["scored_on"], stats["pictures"]) == (2, "held out", 4)
 
 
-def picture_of(row: RawRow) -> torch.Tensor:
-    import io
-
+def tensor_of(row: RawRow) -> torch.Tensor:
     picture = Image.open(io.BytesIO(row.image)).resize((32, 32), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
 
@@ -142,6 +141,12 @@ def test_training_goes_on_from_the_weights_at_path(context_of: Callable[..., Ste
         torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
 
 
+def test_an_edit_gives_its_target_and_its_references(context_of: Callable[..., StepContext]) -> None:
+    target, source = (render(training_scene(Scenes(), 0, "scene", index), 64, 0, index) for index in range(2))
+    edit = replace(make_row(target, kind="edit", references=[source, source], instruction="make it another"), held_out=False)
+    assert run(context_of("run", [edit], steps=1))["pictures"] == 3
+
+
 def test_curves_hold_a_point_for_the_end(context_of: Callable[..., StepContext]) -> None:
     context = context_of("run", scene_rows(3, held_out=1))
     run(context)
@@ -153,9 +158,9 @@ def test_curves_hold_a_point_for_the_end(context_of: Callable[..., StepContext])
 def test_a_batch_holds_the_pictures_own_pixels_at_keyed_places() -> None:
     noise = Image.fromarray(keyed_generator("noise").integers(256, size=(48, 80, 3), dtype=np.uint8))
     config = recipe(batch_size=8).vae
-    drawn = batch([make_row(noise, kind="image")], step=3, config=config, seed=0)
+    drawn = batch([encode_image(noise)], step=3, config=config, seed=0)
     assert drawn.shape == (8, 3, 32, 32)
-    assert torch.equal(drawn, batch([make_row(noise, kind="image")], step=3, config=config, seed=0))
+    assert torch.equal(drawn, batch([encode_image(noise)], step=3, config=config, seed=0))
     windows = np.lib.stride_tricks.sliding_window_view(np.array(noise), (32, 32, 3))[:, :, 0].reshape(-1, 32, 32, 3)
     crops = ((drawn + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     places = [np.flatnonzero((windows == crop).all(axis=(1, 2, 3))) for crop in crops]
@@ -164,8 +169,8 @@ def test_a_batch_holds_the_pictures_own_pixels_at_keyed_places() -> None:
 
 
 def test_small_pictures_are_scaled_to_cover_the_crop() -> None:
-    row = make_row(Image.new("RGB", (20, 50), (255, 0, 0)), kind="image")
-    assert torch.equal(batch([row], step=0, config=recipe().vae, seed=0)[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+    picture = encode_image(Image.new("RGB", (20, 50), (255, 0, 0)))
+    assert torch.equal(batch([picture], step=0, config=recipe().vae, seed=0)[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
