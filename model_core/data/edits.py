@@ -36,6 +36,7 @@ NUM_SECONDS = 20  # second scenes tried for one multi-reference edit
 SEPIA = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))  # the usual matrix of image editors
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 NOISE_SIGMA = (15.0, 40.0)  # of 255
+CROP_SHARE = (0.7, 1.0)  # of each side of a photograph
 BLUR_RADIUS = (1.0, 2.0)  # pixels on 64
 
 
@@ -96,7 +97,8 @@ def edit_scene(operation: str, scene: Scene, config: Scenes, generator: np.rando
 def edit_photo(
     operation: str, photo: Image.Image, caption: str, generator: np.random.Generator, *, second: tuple[Image.Image, str] | None
 ) -> Edit | None:
-    """An edit of any photograph; `second` is another one with its caption. None where a second one is needed and there is none."""
+    """An edit of a crop of any photograph; `second` is another one with its caption. None where it is needed and there is none."""
+    photo = crop_of(photo, generator)
     if operation == "style":
         style = _one_of(STYLES, generator)
         notes = _notes(operation, None, None, attribute="style", before="", after=style, region="all")
@@ -122,6 +124,14 @@ def edit_photo(
         caption=f"{caption}, in the colors of: {second[1]}",
         notes=notes,
     )
+
+
+def crop_of(image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """A drawn crop in the picture's own aspect ratio, so that many edits of one photograph differ."""
+    share = generator.uniform(*CROP_SHARE)
+    width, height = max(1, round(share * image.width)), max(1, round(share * image.height))
+    left, top = (int(generator.integers(room + 1)) for room in (image.width - width, image.height - height))
+    return image.crop((left, top, left + width, top + height))
 
 
 def styled(image: Image.Image, style: str) -> Image.Image:

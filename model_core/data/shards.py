@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from model_core.data.keys import keyed_uniform
+from model_core.data.keys import key_bytes, keyed_uniform
 from model_core.data.phash import perceptual_hash
 from model_core.data.skipped import Skipped
 from model_core.recipe import UserError
@@ -200,6 +201,11 @@ def spread_rows(folder: Folder, num: int) -> list[RawRow]:
     total = int(folder.read_json("index.json")["rows"])
     wanted = {index * total // num for index in range(num)} if total > num else set(range(total))
     return [row for index, row in enumerate(read_rows(folder)) if index in wanted]
+
+
+def draw_rows(rows: Iterable[RawRow], num: int, *key: object) -> list[RawRow]:
+    """At most `num` of the rows, drawn by `key`; no more than those are held in memory."""
+    return heapq.nsmallest(num, rows, key=lambda row: key_bytes(*key, row.sample_id))
 
 
 def read_kept_rows(

@@ -18,11 +18,12 @@ from model_core.context import StepContext
 from model_core.data.contact_sheet import NUM_SAMPLES, contact_sheet
 from model_core.data.edits import PHOTO_OPERATIONS, Edit, applies, edit_photo, edit_scene
 from model_core.data.keys import keyed_generator
-from model_core.data.shards import LocalFolder, RawRow, decode_image, make_row, read_rows, spread_rows, unique_rows, write_rows
+from model_core.data.shards import LocalFolder, RawRow, decode_image, draw_rows, make_row, read_rows, spread_rows, unique_rows, write_rows
 from model_core.data.skipped import Skipped
 from model_core.data.synthetic import PHOTO, Scene, scene_from_dict
 from model_core.recipe import UserError
 
+NUM_SECONDS = 64  # photographs at hand for edits that take two
 NO_CHANGE = "no change that may be shown"
 
 
@@ -66,12 +67,12 @@ def _plan(context: StepContext) -> dict[int, list[tuple[int, str]]]:
 
 def _rows(context: StepContext, planned: dict[int, list[tuple[int, str]]], skipped: Skipped, counts: dict[str, int]) -> Iterator[RawRow]:
     config, done = context.recipe.edits, 0
-    second: tuple[Image.Image, str] | None = None  # the photograph before, for edits that take two
+    seconds = _seconds(context)
     for place, row in enumerate(read_rows(context.inputs["images"])):
         scene = _scene_of(row)
         photo = decode_image(row.image) if scene is None and not row.held_out else None
         for pair, operation in planned.get(place, ()):
-            edit = _edit(context, pair, operation, scene=scene, photo=photo, row=row, second=second)
+            edit = _edit(context, pair, operation, scene=scene, photo=photo, row=row, seconds=seconds)
             done += 1
             context.progress.update(done, config.num_pairs, "edit pairs")
             if edit is None:
@@ -89,8 +90,6 @@ def _rows(context: StepContext, planned: dict[int, list[tuple[int, str]]], skipp
                 provenance=f"{operation} of {row.provenance}",
                 licence=row.licence,
             )
-        if photo is not None:
-            second = photo, row.caption
 
 
 def _edit(
@@ -101,13 +100,22 @@ def _edit(
     scene: Scene | None,
     photo: Image.Image | None,
     row: RawRow,
-    second: tuple[Image.Image, str] | None,
+    seconds: list[RawRow],
 ) -> Edit | None:
     generator = keyed_generator(context.recipe.seed, "edit", pair)
     if scene is not None:
         return edit_scene(operation, scene, context.recipe.data.scenes, generator, context.recipe.seed, "edit", pair)
     assert photo is not None
+    others = [other for other in seconds if other.sample_id != row.sample_id]
+    chosen = others[generator.integers(len(others))] if others else None
+    second = (decode_image(chosen.image), chosen.caption) if chosen and operation == "multi_reference" else None
     return edit_photo(operation, photo, row.caption, generator, second=second)
+
+
+def _seconds(context: StepContext) -> list[RawRow]:
+    """A keyed choice of photographs for edits that take two."""
+    photos = (row for row in read_rows(context.inputs["images"]) if not row.held_out and _scene_of(row) is None)
+    return draw_rows(photos, NUM_SECONDS, context.recipe.seed, "second photograph")
 
 
 def _scene_of(row: RawRow) -> Scene | None:

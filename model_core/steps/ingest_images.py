@@ -7,7 +7,7 @@ most `data.max_side_px`. What has no caption or cannot be decoded is counted and
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -20,9 +20,9 @@ from model_core.data.keys import keyed_generator
 from model_core.data.layouts import read_folder
 from model_core.data.shards import LocalFolder, RawRow, decode_image, make_row, spread_rows, unique_rows, write_rows
 from model_core.data.skipped import Skipped
-from model_core.data.sources import BROKEN, CAPTION_FORMS, SCENES, decode_picture, open_source
+from model_core.data.sources import BROKEN, CAPTION_FORMS, IMAGE_SUFFIXES, SCENES, SourceFolder, decode_picture, open_source
 from model_core.data.synthetic import NUM_WORDINGS, PHOTO, Scene, compose, describe, render, training_scenes
-from model_core.recipe import UserError
+from model_core.recipe import Data, UserError
 
 NUM_BACKGROUNDS = 64  # photographs kept at hand for scenes that are drawn over one
 BROKEN_PICTURE = "cannot be decoded"
@@ -38,6 +38,7 @@ def run(context: StepContext) -> dict[str, Any]:
     if not total:
         sources = ", ".join(context.recipe.data.sources)
         raise UserError(f"data.sources: {sources}: found no picture with a caption; allowed are {CAPTION_FORMS}")
+    context.progress.update(total, total, "pictures")
     samples = spread_rows(LocalFolder(context.output), NUM_SAMPLES)
     contact_sheet([[decode_image(row.image)] for row in samples], columns=12).save(context.output / "samples.png")
     for warning in skipped.warnings():
@@ -53,26 +54,28 @@ def run(context: StepContext) -> dict[str, Any]:
 
 def _rows(context: StepContext, skipped: Skipped, counts: dict[str, int]) -> Iterator[RawRow]:
     """The rows of all sources: photographs first, since scenes may be drawn over them."""
-    sources, seen = context.recipe.data.sources, 0
+    seen = 0
     backgrounds: list[Image.Image] = []
-    for source in sorted(sources, key=lambda uri: uri == SCENES):
-        rows = _scene_rows(context, backgrounds) if source == SCENES else _folder_rows(context, source, skipped, backgrounds)
+    folders = {uri: open_source(uri, context.site) for uri in context.recipe.data.sources if uri != SCENES}
+    expected = _expected(context.recipe.data, folders.values())
+    for source in sorted(context.recipe.data.sources, key=lambda uri: uri == SCENES):
+        rows = _scene_rows(context, backgrounds) if source == SCENES else _folder_rows(context, folders[source], skipped, backgrounds)
         for row in rows:
             seen += 1
             counts[source] = counts.get(source, 0) + 1
             yield row
-            context.progress.update(seen, max(seen, _expected(context)), "pictures")
+            context.progress.update(seen, max(seen + 1, expected), "pictures")
 
 
-def _expected(context: StepContext) -> int:
-    data = context.recipe.data
+def _expected(data: Data, folders: Iterable[SourceFolder]) -> int:
+    """How many pictures there will be, as far as file names tell; what archives hold is found when they are read."""
     drawn = data.scenes.num_images if SCENES in data.sources else 0
-    return min(drawn, data.max_images or drawn)
+    total = drawn + sum(len(folder.with_suffix(*IMAGE_SUFFIXES)) for folder in folders)
+    return min(total, data.max_images or total)
 
 
-def _folder_rows(context: StepContext, uri: str, skipped: Skipped, backgrounds: list[Image.Image]) -> Iterator[RawRow]:
+def _folder_rows(context: StepContext, folder: SourceFolder, skipped: Skipped, backgrounds: list[Image.Image]) -> Iterator[RawRow]:
     data = context.recipe.data
-    folder = open_source(uri, context.site)
     for found in read_folder(folder, skipped, scratch=context.scratch):
         try:
             picture, encoded = decode_picture(found.data, data.max_side_px)

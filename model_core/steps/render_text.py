@@ -16,7 +16,7 @@ from model_core.context import StepContext
 from model_core.data.buckets import fit
 from model_core.data.contact_sheet import NUM_SAMPLES, contact_sheet
 from model_core.data.keys import keyed_generator
-from model_core.data.shards import LocalFolder, RawRow, decode_image, make_row, read_rows, spread_rows, unique_rows, write_rows
+from model_core.data.shards import LocalFolder, RawRow, decode_image, draw_rows, make_row, read_rows, spread_rows, unique_rows, write_rows
 from model_core.data.skipped import Skipped
 from model_core.data.text_rendering import DroppedError, Setting, TextImage, compositional, pure, setting_of, template
 from model_core.data.typefaces import check_typefaces
@@ -83,10 +83,5 @@ def _draw(mode: str, setting: Setting, generator: np.random.Generator, backgroun
 
 def _backgrounds(context: StepContext) -> list[RawRow]:
     """A keyed choice of the ingested pictures; plain scenes only where they leave room for a text."""
-    chosen: list[tuple[float, RawRow]] = []
-    for row in read_rows(context.inputs["images"]):
-        if not row.held_out and not row.notes().get("text"):
-            chosen.append((keyed_generator(context.recipe.seed, "background", row.sample_id).random(), row))
-            if len(chosen) >= 2 * NUM_BACKGROUNDS:
-                chosen = sorted(chosen, key=lambda entry: entry[0])[:NUM_BACKGROUNDS]
-    return [row for _, row in sorted(chosen, key=lambda entry: entry[0])[:NUM_BACKGROUNDS]]
+    free = (row for row in read_rows(context.inputs["images"]) if not row.held_out and not row.notes().get("text"))
+    return draw_rows(free, NUM_BACKGROUNDS, context.recipe.seed, "background")
