@@ -17,6 +17,7 @@ from PIL import Image
 from model_core.data.synthetic import (
     BACKGROUNDS,
     COLORS,
+    OVERSAMPLING,
     POSITIONS,
     SHAPE_CENTER,
     SHAPES,
@@ -27,7 +28,6 @@ from model_core.data.synthetic import (
     held_out_scenes,
     render,
     shape_mask,
-    stamp,
 )
 from model_core.recipe import Scenes
 
@@ -205,8 +205,10 @@ def _glyphs(signs: str) -> np.ndarray:
 
 def _coverage(mask_of: MaskOf, name: str, x: float, y: float) -> np.ndarray:
     """(SIDE, SIDE) share of each pixel that a shape or sign centred at (x, y) px covers."""
+    fine_x, fine_y = round(x * OVERSAMPLING), round(y * OVERSAMPLING)
+    tile = mask_of(name, SIDE, fine_x % OVERSAMPLING, fine_y % OVERSAMPLING)
     canvas = Image.new("L", (SIDE, SIDE))
-    stamp(canvas, 255, mask_of, name, x / SIDE, y / SIDE)
+    canvas.paste(tile, (fine_x // OVERSAMPLING - tile.width // 2, fine_y // OVERSAMPLING - tile.height // 2))
     return np.asarray(canvas, dtype=np.float64) / 255
 
 
