@@ -69,10 +69,16 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
 
 
 def check_inputs(recipe: Recipe, site: Site) -> None:
-    """Raises UserError when a source cannot be read or a folder that the recipe names is missing; writes nothing."""
+    """Raises UserError when a source cannot be read or a folder or package that the recipe needs is missing; writes nothing."""
+    from model_core.data.edits import check_edits
+    from model_core.data.filters import check_filters
     from model_core.data.sources import check_sources
+    from model_core.data.typefaces import check_typefaces
 
     check_sources(recipe, site)
+    check_edits(recipe)
+    check_filters(recipe)
+    check_typefaces(recipe.text_images)
     for field, path in (("encoder.path", recipe.encoder.path), ("vae.path", recipe.vae.path), ("mmdit.path", recipe.mmdit.path)):
         if path is not None and not Path(path).expanduser().is_dir():
             raise UserError(f"recipe {recipe.name}: {field}: found {path!r}; allowed is a folder with weights")

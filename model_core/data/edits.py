@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageFilter
 
+from model_core.data.sources import SCENES
 from model_core.data.synthetic import (
     BACKGROUNDS,
     COLORS,
@@ -26,7 +27,7 @@ from model_core.data.synthetic import (
     render,
     training_scene,
 )
-from model_core.recipe import Scenes
+from model_core.recipe import Recipe, Scenes, UserError
 
 Value = TypeVar("Value")
 
@@ -49,6 +50,16 @@ class Edit:
     instruction: str
     caption: str
     notes: dict[str, Any]
+
+
+def check_edits(recipe: Recipe) -> None:
+    """Raises UserError when all operations need plain scenes and the recipe has none."""
+    operations = recipe.edits.operations
+    if recipe.edits.num_pairs and SCENES not in recipe.data.sources and not set(operations) & set(PHOTO_OPERATIONS):
+        raise UserError(
+            f"edits.operations: found {', '.join(operations)}, which need {SCENES} among data.sources; "
+            f"allowed for photographs are {', '.join(PHOTO_OPERATIONS)}"
+        )
 
 
 def applies(operation: str, scene: Scene | None) -> bool:

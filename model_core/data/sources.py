@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -39,13 +40,14 @@ class SourceFolder:
     """The files below a `file://` or `s3://` uri: size and version (a time or an etag) by relative path, sorted."""
 
     uri: str
+    root: Path | None  # of a file:// uri
     files: dict[str, tuple[int, str]]
     site: Site
 
     @property
     def label(self) -> str:
         """What rows name as their origin: the uri of a bucket, the bare name of a folder, which may lie anywhere."""
-        return self.uri if self.uri.startswith("s3://") else Path(self.uri).name
+        return self.uri if self.root is None else self.root.name
 
     def with_suffix(self, *suffixes: str) -> list[str]:
         """Relative paths that end in one of `suffixes`, in any case."""
@@ -58,7 +60,7 @@ class SourceFolder:
 
     def local(self, path: str) -> Path | None:
         """Where the file lies on this machine; None for a bucket's."""
-        return Path(self.uri.removeprefix("file://")) / path if self.uri.startswith("file://") else None
+        return None if self.root is None else self.root / path
 
     def fetch(self, path: str, scratch: Path) -> Path:
         """A local copy of a file, below `scratch` when it is a bucket's."""
@@ -74,15 +76,15 @@ def open_source(uri: str, site: Site) -> SourceFolder:
     """The files below `uri`, hidden ones left out. Raises UserError when there is no such folder, StorageError for a bucket's trouble."""
     if uri.startswith("s3://"):
         entries = {stat.path: (stat.size, stat.etag) for stat in open_storage(uri, site.s3).list() if not _hidden(stat.path)}
-        return SourceFolder(uri.rstrip("/"), entries, site)
-    root = Path(uri.removeprefix("file://"))
+        return SourceFolder(uri.rstrip("/"), None, entries, site)
+    root = Path(unquote(uri.removeprefix("file://")))
     if not root.is_absolute():
         raise UserError(f"data.sources: found {uri!r}; allowed is an absolute folder, as in file:///my/photos")
     if not root.exists():
         raise UserError(f"data.sources: {uri}: no such folder")
     if not root.is_dir():
         raise UserError(f"data.sources: {uri}: found a file; allowed is the folder that it lies in")
-    return SourceFolder(f"file://{root}", dict(sorted(_walk(root, uri))), site)
+    return SourceFolder(uri.rstrip("/"), root, dict(sorted(_walk(root, uri))), site)
 
 
 def source_fingerprint(recipe: Recipe, site: Site) -> list[Any]:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from model_core.context import StepContext
 from model_core.data.contact_sheet import NUM_SAMPLES, contact_sheet
-from model_core.data.edits import PHOTO_OPERATIONS, Edit, applies, edit_photo, edit_scene
+from model_core.data.edits import Edit, applies, edit_photo, edit_scene
 from model_core.data.keys import keyed_generator
 from model_core.data.shards import LocalFolder, RawRow, decode_image, draw_rows, make_row, read_rows, spread_rows, unique_rows, write_rows
 from model_core.data.skipped import Skipped
@@ -53,10 +53,7 @@ def _plan(context: StepContext) -> dict[int, list[tuple[int, str]]]:
                 places[operation].append(place)
     operations = [operation for operation in dict.fromkeys(config.operations) if places[operation]]
     if config.num_pairs and not operations:
-        raise UserError(
-            f"edits.operations: found {', '.join(config.operations)}, which need plain scenes among the pictures; "
-            f"allowed for photographs are {', '.join(PHOTO_OPERATIONS)}"
-        )
+        raise UserError(f"edits.operations: found {', '.join(config.operations)}, which no picture of data.sources allows; add style")
     planned: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for pair in range(config.num_pairs):
         operation = operations[pair % len(operations)]
@@ -70,7 +67,7 @@ def _rows(context: StepContext, planned: dict[int, list[tuple[int, str]]], skipp
     seconds = _seconds(context)
     for place, row in enumerate(read_rows(context.inputs["images"])):
         scene = _scene_of(row)
-        photo = decode_image(row.image) if scene is None and not row.held_out else None
+        photo = decode_image(row.image) if scene is None and place in planned else None
         for pair, operation in planned.get(place, ()):
             edit = _edit(context, pair, operation, scene=scene, photo=photo, row=row, seconds=seconds)
             done += 1
