@@ -48,8 +48,3 @@ def margins_at(step: int, *, steps: int, strict: tuple[float, float], relaxed: t
     """(m_cos, m_dist) of step `step` of `steps`: from strict to relaxed, linearly (R1 3.1 gives the direction, not the shape)."""
     share = step / max(steps - 1, 1)
     return (strict[0] + share * (relaxed[0] - strict[0]), strict[1] + share * (relaxed[1] - strict[1]))
-
-
-def as_scalars(losses: dict[str, Tensor]) -> Tensor:
-    """The losses as one detached vector, in the order of their names."""
-    return torch.stack([losses[name].detach() for name in sorted(losses)])

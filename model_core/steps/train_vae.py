@@ -75,7 +75,7 @@ def run(context: StepContext) -> dict[str, Any]:
         if done % config.checkpoint_every_steps == 0 and done < config.steps:
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             context.checkpoints.save(done, state | {"curves": curves.state_dict()})
-        context.progress.update(done, config.steps, f"loss {curves.last:.4f}")
+        context.progress.update(done, config.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
 
     assert isinstance(ema, ResidualVAE)
