@@ -5,7 +5,6 @@ Legend: B batch, h and w sides of the latent, P = h w its places, C channels of 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
