@@ -29,6 +29,7 @@ def run(context: StepContext) -> dict[str, Any]:
         "name": registry.name,
         "alias": registry.alias,
         "parts": parts,
+        "resolution_px": context.recipe.mmdit.stages[context.recipe.stages[-1]].resolution_px,
         "sampling": context.recipe.sampling.model_dump(mode="json"),
         "scores": scores,
     }

@@ -78,7 +78,7 @@ STEPS: dict[str, StepSpec] = {
             inputs=("model", "vae", "encoder", "captions", "images", "edits"),
             kind="evaluation",
         ),
-        StepSpec(name="register_model", version=1, sections=("registry", "sampling"), inputs=("model", "vae", "encoder", "evaluation"), kind="model"),
+        StepSpec(name="register_model", version=1, sections=("registry", "sampling", "mmdit.stages"), inputs=("model", "vae", "encoder", "evaluation"), kind="model"),
         StepSpec(name="publish_report", version=1, sections=(), inputs=("model", "vae", "evaluation", "registration"), kind="report"),
     )
 }

@@ -1,0 +1,104 @@
+"""Pictures from a published model: found by run, manifest or folder, proved by digest, loaded and sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from model_core.data.buckets import bucket
+from model_core.evaluation.drawing import Painter, Request, draw
+from model_core.manifest import FILE_NAME, Manifest, parse_manifest
+from model_core.models.condition import load_encoder
+from model_core.models.mmdit import load_mmdit
+from model_core.models.vae import load_vae
+from model_core.recipe import Sampling, UserError
+from model_core.run_record import read_run, read_steps
+from model_core.site import Site
+from model_core.storage import NotFoundError, open_storage
+from model_core.workspace import Address, InputFolder, Workspace
+
+STEP = "register_model"
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A model ready to draw, and the side of the pictures that it was last trained on."""
+
+    painter: Painter
+    resolution_px: int
+    manifest: Manifest
+
+
+def sample_published(
+    site: Site,
+    model: str,
+    prompts: Sequence[str],
+    *,
+    references: Sequence[Image.Image],
+    seed: int,
+    steps: int | None,
+    size_px: tuple[int, int] | None,
+) -> list[Image.Image]:
+    """One picture a prompt, all with the same seed and references. `size_px` is (height, width); None takes the model's
+    resolution, in the aspect ratio of the last reference where there is one. Raises UserError for a model that is not there.
+    """
+    published = load_published(site, model)
+    painter = published.painter
+    if steps is not None:
+        painter = Painter(painter.mmdit, painter.vae, painter.encoder, painter.sampling.model_copy(update={"steps": steps}))
+    if size_px is None:
+        width, height = references[-1].size if references else (1, 1)
+        size_px = bucket(width, height, published.resolution_px)
+    requests = [Request(prompt, seed, size_px, references) for prompt in prompts]
+    return draw(painter, requests, on_drawn=lambda _: None)
+
+
+def load_published(site: Site, model: str) -> PublishedModel:
+    """Loads what register_model published. `model` is a run's name, or the path or uri of a manifest or its folder.
+
+    Raises UserError when there is no such model, or a part is missing or not the one that was registered.
+    """
+    workspace = Workspace(site)
+    manifest = find_manifest(site, workspace, model)
+    if manifest.step != STEP:
+        raise UserError(f"model {model}: found the result of {manifest.step}; allowed is that of {STEP}")
+    registered = InputFolder(manifest, site=site)
+    document = registered.read_json("model.json")
+    # A manifest from elsewhere brings its own workspace: its parts lie beside it.
+    root = manifest.uri.removesuffix(f"/{manifest.step}/{manifest.key}")
+    beside = workspace if root == workspace.uri else Workspace(site.model_copy(update={"workspace": root}))
+    parts = {}
+    for name, part in document["parts"].items():
+        found = beside.find(Address(part["step"], part["stage"], part["key"]))
+        if found is None or found.content_digest != part["content_digest"]:
+            problem = "is missing" if found is None else "is not the one that was registered"
+            raise UserError(f"model {model}: its part {name}, {beside.uri}/{part['step']}/{part['key']}, {problem}")
+        parts[name] = InputFolder(found, site=site)
+    painter = Painter(
+        mmdit=load_mmdit(parts["mmdit"].folder("mmdit")).eval(),
+        vae=load_vae(parts["vae"].folder("vae")).eval(),
+        encoder=load_encoder(parts["encoder"].folder("encoder")),
+        sampling=Sampling.model_validate(document["sampling"]),
+    )
+    return PublishedModel(painter, document["resolution_px"], manifest)
+
+
+def find_manifest(site: Site, workspace: Workspace, model: str) -> Manifest:
+    """The manifest that `model` names; raises UserError when there is none."""
+    if "/" not in model:
+        read_run(workspace.storage, model)
+        records = [record for record in read_steps(workspace.storage, model) if record.step == STEP]
+        found = workspace.find(Address(STEP, None, records[0].key)) if records else None
+        if found is None:
+            raise UserError(f"model {model}: this run has not registered a model yet")
+        return found
+    uri = model.removesuffix("/").removesuffix("/" + FILE_NAME)
+    if "://" not in uri:
+        uri = Path(uri).expanduser().resolve().as_uri()
+    try:
+        return parse_manifest(open_storage(uri, site.s3).get(FILE_NAME), f"{uri}/{FILE_NAME}")
+    except NotFoundError as error:
+        raise UserError(f"model {model}: there is no {FILE_NAME} at {uri}; allowed are a run's name and a published model's folder") from error
