@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 from model_core.recipe import Recipe, UserError
 from model_core.site import Site
-from model_core.storage import StorageError, open_storage
+from model_core.storage import Storage, StorageError, open_storage
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 CONTAINER_SUFFIXES = (".parquet", ".tar")
@@ -40,14 +40,13 @@ class SourceFolder:
     """The files below a `file://` or `s3://` uri: size and version (a time or an etag) by relative path, sorted."""
 
     uri: str
-    root: Path | None  # of a file:// uri
+    place: Path | Storage  # a folder of this machine, or a bucket's prefix
     files: dict[str, tuple[int, str]]
-    site: Site
 
     @property
     def label(self) -> str:
         """What rows name as their origin: the uri of a bucket, the bare name of a folder, which may lie anywhere."""
-        return self.uri if self.root is None else self.root.name
+        return self.place.name if isinstance(self.place, Path) else self.uri
 
     def with_suffix(self, *suffixes: str) -> list[str]:
         """Relative paths that end in one of `suffixes`, in any case."""
@@ -55,28 +54,24 @@ class SourceFolder:
 
     def read(self, path: str) -> bytes:
         """The bytes of a file."""
-        local = self.local(path)
-        return open_storage(self.uri, self.site.s3).get(path) if local is None else local.read_bytes()
-
-    def local(self, path: str) -> Path | None:
-        """Where the file lies on this machine; None for a bucket's."""
-        return None if self.root is None else self.root / path
+        return (self.place / path).read_bytes() if isinstance(self.place, Path) else self.place.get(path)
 
     def fetch(self, path: str, scratch: Path) -> Path:
-        """A local copy of a file, below `scratch` when it is a bucket's."""
-        if (local := self.local(path)) is not None:
-            return local
+        """A local copy of a file, below `scratch` when it is a bucket's, where the next one replaces it."""
+        if isinstance(self.place, Path):
+            return self.place / path
         scratch.mkdir(parents=True, exist_ok=True)
         copy = scratch / f"fetched{Path(path).suffix}"
-        open_storage(self.uri, self.site.s3).download(path, copy)
+        self.place.download(path, copy)
         return copy
 
 
 def open_source(uri: str, site: Site) -> SourceFolder:
     """The files below `uri`, hidden ones left out. Raises UserError when there is no such folder, StorageError for a bucket's trouble."""
     if uri.startswith("s3://"):
-        entries = {stat.path: (stat.size, stat.etag) for stat in open_storage(uri, site.s3).list() if not _hidden(stat.path)}
-        return SourceFolder(uri.rstrip("/"), None, entries, site)
+        storage = open_storage(uri, site.s3)
+        entries = {stat.path: (stat.size, stat.etag) for stat in storage.list() if not _hidden(stat.path)}
+        return SourceFolder(uri.rstrip("/"), storage, entries)
     root = Path(unquote(uri.removeprefix("file://")))
     if not root.is_absolute():
         raise UserError(f"data.sources: found {uri!r}; allowed is an absolute folder, as in file:///my/photos")
@@ -84,7 +79,7 @@ def open_source(uri: str, site: Site) -> SourceFolder:
         raise UserError(f"data.sources: {uri}: no such folder")
     if not root.is_dir():
         raise UserError(f"data.sources: {uri}: found a file; allowed is the folder that it lies in")
-    return SourceFolder(uri.rstrip("/"), root, dict(sorted(_walk(root, uri))), site)
+    return SourceFolder(uri.rstrip("/"), root, dict(sorted(_walk(root, uri))))
 
 
 def source_fingerprint(recipe: Recipe, site: Site) -> list[Any]:
@@ -118,10 +113,9 @@ def _check_folder(folder: SourceFolder) -> None:
         raise UserError(f"data.sources: {folder.uri}: holds {found}; allowed are {', '.join((*IMAGE_SUFFIXES, *CONTAINER_SUFFIXES))}")
     folder.read((images or containers)[0]) if images else None
     for path in containers:
-        local = folder.local(path)
-        if local is not None and path.lower().endswith(".parquet"):
+        if isinstance(folder.place, Path) and path.lower().endswith(".parquet"):
             try:
-                names = pq.read_schema(local).names
+                names = pq.read_schema(folder.place / path).names
             except (ValueError, OSError) as error:
                 raise UserError(f"data.sources: {folder.uri}/{path}: not a parquet file ({str(error).splitlines()[0]})") from error
             for wanted in (IMAGE_COLUMNS, CAPTION_COLUMNS):
