@@ -122,9 +122,14 @@ def batch(pictures: Sequence[bytes], *, step: int, config: VAE, seed: int) -> Te
 
 
 def _crop(image: Image.Image, side_px: int, generator: np.random.Generator) -> Image.Image:
-    """A square of the picture's own pixels at a drawn place; one that is too small is scaled to cover the square first."""
-    if min(image.size) < side_px:
-        image = fit(image, (max(side_px, image.height), max(side_px, image.width)))
+    """A square at a drawn scale and place; a picture smaller than the square is scaled to cover it.
+
+    Scales are log-uniform between that at which the square spans the shorter side, as encode_latents scales pictures, and 1.
+    """
+    shorter = min(image.size)
+    scale = (side_px / shorter) ** (generator.random() if shorter > side_px else 1.0)
+    if shorter != side_px:
+        image = fit(image, (max(side_px, round(image.height * scale)), max(side_px, round(image.width * scale))))
     left, top = (int(generator.integers(side - side_px + 1)) for side in image.size)
     return image.crop((left, top, left + side_px, top + side_px))
 

@@ -155,8 +155,8 @@ def test_curves_hold_a_point_for_the_end(context_of: Callable[..., StepContext])
     assert set(points[-1]) == {"step", "loss", "l1", "mse", "edge", "align", "grad_norm"}
 
 
-def test_a_batch_holds_the_pictures_own_pixels_at_keyed_places() -> None:
-    noise = Image.fromarray(keyed_generator("noise").integers(256, size=(48, 80, 3), dtype=np.uint8))
+def test_a_batch_of_pictures_as_high_as_the_crop_holds_their_own_pixels_at_keyed_places() -> None:
+    noise = Image.fromarray(keyed_generator("noise").integers(256, size=(32, 160, 3), dtype=np.uint8))
     config = recipe(batch_size=8).vae
     drawn = batch([encode_image(noise)], step=3, config=config, seed=0)
     assert drawn.shape == (8, 3, 32, 32)
@@ -166,6 +166,14 @@ def test_a_batch_holds_the_pictures_own_pixels_at_keyed_places() -> None:
     places = [np.flatnonzero((windows == crop).all(axis=(1, 2, 3))) for crop in crops]
     assert all(len(place) == 1 for place in places)
     assert len({int(place[0]) for place in places}) > 4
+
+
+def test_large_pictures_are_seen_at_scales_between_the_whole_and_their_own_pixels() -> None:
+    ramp = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
+    drawn = batch([encode_image(ramp)], step=0, config=recipe(batch_size=64).vae, seed=0)
+    spans = (drawn.amax(dim=(1, 2, 3)) - drawn.amin(dim=(1, 2, 3))) / 2
+    assert 0.2 < spans.min() < 0.35
+    assert 0.8 < spans.max() <= 1.0
 
 
 def test_small_pictures_are_scaled_to_cover_the_crop() -> None:
