@@ -188,7 +188,9 @@ class FoldedShortcut(nn.Module):
 
 
 class CosineShortcut(nn.Module):
-    """The global skip with a better fixed basis (ours): the lowest cosine patterns of each patch in place of group means.
+    """The global skip with another fixed basis (ours): the lowest cosine patterns of each patch in place of group means.
+
+    It starts 8 dB above them, which a short run on a CPU does not make up (docs/decisions/0006-cosine-shortcut.md).
 
     Natural pictures fall off as 1 / frequency, so pattern k is weighted by 1 + |k| on the way in and by its inverse on the
     way out; that keeps the channels' spreads within an order of magnitude.
