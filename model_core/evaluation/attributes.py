@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from model_core.data.synthetic import NUM_WORDINGS, Scene, describe, held_out_scenes
-from model_core.evaluation.judge import Reading
 from model_core.recipe import Scenes
 
 SCORED = ("color", "shape", "position", "text")  # what judge/mean is the mean of
@@ -42,11 +41,6 @@ def asked_by(scene: Scene, wording: int) -> dict[str, str]:
     if scene.background in text.split():
         asked["background"] = scene.background
     return asked
-
-
-def compare(reading: Reading, asked: dict[str, str]) -> dict[str, bool]:
-    """Whether the reading has what was asked, for each attribute that was asked for."""
-    return {name: getattr(reading, name) == value for name, value in asked.items()}
 
 
 def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, float]:

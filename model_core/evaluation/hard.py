@@ -29,7 +29,8 @@ def two_shape_prompts(num: int, *, seed: int) -> list[Prompt]:
         first = str(generator.choice(POSITIONS))
         colors = [str(name) for name in generator.choice(list(COLORS), size=2, replace=False)]
         shapes = [str(name) for name in generator.choice(SHAPES, size=2, replace=False)]
-        asked, parts = {}, []
+        asked: dict[str, str] = {}
+        parts = []
         for position, color, shape in zip((first, OPPOSITE[first]), colors, shapes, strict=True):
             asked |= {f"{position} color": color, f"{position} shape": shape}
             parts.append(f"{article(color)} {color} {shape} on the {position}")
