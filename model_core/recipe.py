@@ -189,6 +189,7 @@ class MMDiTModel(Section):
     mlp_ratio: PositiveFloat = 3.0  # SwiGLU hidden width over model width; S
     attention: Literal["full", "block_causal"] = "full"  # full is the safe reading of R1; block_causal is S
     condition_at_t0: bool = False  # text and condition images modulated at t=0; S
+    place_input: bool = False  # image tokens also carry their rotary angles as input: short runs learn places sooner (ours)
 
     @model_validator(mode="after")
     def _axes_fill_head(self) -> MMDiTModel:

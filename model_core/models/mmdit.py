@@ -33,6 +33,7 @@ class MMDiT(nn.Module):
         self.config, self.latent_channels, self.text_dim = config, latent_channels, text_dim
         width = config.width
         self.image_in = nn.Linear(latent_channels, width, bias=False)
+        self.place_in = nn.Linear(config.head_dim, width, bias=False) if config.place_input else None
         self.text_in = TextProjection(text_dim, width)
         self.time_in = nn.Sequential(nn.Linear(TIME_CHANNELS, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False))
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width, bias=False))
@@ -80,8 +81,11 @@ class MMDiT(nn.Module):
                 found = (tokens.shape[1], tokens.shape[2])
                 raise ValueError(f"tokens and channels {found} do not fit a {height} x {width} grid of {self.latent_channels} channels")
         images = [reference for reference, _ in references]
-        stream = torch.cat([self.text_in(text), self.image_in(torch.cat([*images, target], dim=1))], dim=1)
-        rotary = self._rotary(text.shape[1], shape, [size for _, size in references], stream.device)
+        rotary = self._rotary(text.shape[1], shape, [size for _, size in references], target.device)
+        pictures = self.image_in(torch.cat([*images, target], dim=1))
+        if self.place_in is not None:
+            pictures = pictures + self.place_in(torch.cat(rotary, dim=1)[text.shape[1] :].to(pictures.dtype))
+        stream = torch.cat([self.text_in(text), pictures], dim=1)
         mask = self._mask(text_mask, [image.shape[1] for image in images], target.shape[1])
 
         clean = stream.shape[1] - target.shape[1]
