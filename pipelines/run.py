@@ -22,6 +22,7 @@ from kfp import local
 from components.launch import CONFIGURATION, FAILURE_FILE
 from components.launch.local import ALIVE_FILE, RUN_FOLDER
 from components.launch.parameters import to_parameter
+from model_core.evaluation.report import write_report
 from model_core.recipe import Recipe, UserError
 from model_core.run_record import RunRecord, check_run_name, write_run
 from model_core.site import Site
@@ -65,6 +66,8 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
                 pipeline(**arguments)
         except RuntimeError as error:
             raise _failure(folder, lines, error) from None
+        finally:
+            write_report(run, workspace)  # of a run that failed, too
     return run
 
 

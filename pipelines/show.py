@@ -11,10 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from model_core.evaluation.report import write_report
 from model_core.recipe import UserError
 from model_core.run_record import StepRecord, read_run, read_steps, run_names
 from model_core.site import Site
-from model_core.storage import NotFoundError, Storage
 from model_core.workspace import Workspace
 from pipelines.documents import DEFAULT_SITE
 
@@ -35,36 +35,24 @@ def newest_run(site: Site) -> str:
 
 
 def card(run: str, site: Site, *, site_name: str, as_json: bool) -> RenderableType | dict[str, Any]:
-    """A run's steps, its scores, its report and what to do next; raises UserError for a run that is not there."""
-    storage = Workspace(site).storage
-    record = read_run(storage, run)
-    steps = read_steps(storage, run)
-    report = read_report(storage, run)
-    uri = f"{storage.uri}/reports/{run}/report.html"
+    """A run's steps, its scores, its report (written anew) and what to do next; raises UserError for a run that is not there."""
+    workspace = Workspace(site)
+    uri = write_report(run, workspace)
+    report = json.loads(workspace.storage.get(f"reports/{run}/report.json"))
+    steps = read_steps(workspace.storage, run)
     if as_json:
-        metrics = {} if report is None else report["metrics"]
-        told = {"run": run, "recipe": record.recipe["name"], "report": None if report is None else uri}
-        return {**told, "steps": [asdict(step) for step in steps], "metrics": metrics}
+        told = {"run": run, "recipe": report["recipe"], "report": uri}
+        return {**told, "steps": [asdict(step) for step in steps], "metrics": report["metrics"], "warnings": report["warnings"]}
     parts: list[RenderableType] = [Text(f"\n{run}", style="bold"), step_table(steps)]
-    if report is None:
-        return Group(*parts, Text("no report: the run has not come to its end"))
     option = "" if site_name == DEFAULT_SITE else f" --site {site_name}"
     after = [
         f"report   {uri}",
         f'draw     darkroom sample {run}{option} "a red circle on the left with the text A7" --seed 1',
         f"history  darkroom ui{option}",
     ]
-    warnings = [Text(f"warning  {warning}", style="yellow") for warning in report.get("warnings", [])]
-    return Group(*parts, metric_table(report["metrics"]), *warnings, Text("\n".join(after)))
-
-
-def read_report(storage: Storage, run: str) -> dict[str, Any] | None:
-    """A run's report.json, or None before its end."""
-    try:
-        report: dict[str, Any] = json.loads(storage.get(f"reports/{run}/report.json"))
-    except NotFoundError:
-        return None
-    return report
+    warnings = [Text(f"warning  {warning}", style="yellow") for warning in report["warnings"]]
+    scores = [metric_table(report["metrics"])] if report["metrics"] else []
+    return Group(*parts, *scores, *warnings, Text("\n".join(after if scores else after[:1])))
 
 
 def step_table(steps: Sequence[StepRecord]) -> Table:

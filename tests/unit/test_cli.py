@@ -46,13 +46,22 @@ def invoke(*arguments: str) -> str:
     return result.stdout
 
 
-def commit_result(site: Site, recipe: Recipe, content: bytes) -> Path:
-    workspace, address = Workspace(site), Address("ingest_images", None, KEY)
+def commit_result(
+    site: Site,
+    recipe: Recipe,
+    files: dict[str, bytes],
+    *,
+    step: str = "ingest_images",
+    stage: str | None = None,
+    warnings: list[str] | None = None,
+) -> Path:
+    workspace, address = Workspace(site), Address(step, stage, KEY)
     folder = workspace.output_folder(address)
-    (folder / "shards").mkdir()
-    (folder / "shards" / "part.bin").write_bytes(content)
-    result = StepResult(stats={}, code=Code(version="0", git_sha=None, image_digest=None))
-    workspace.commit(address, folder, spec=STEPS["ingest_images"], recipe=recipe, inputs={}, result=result)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    result = StepResult(stats={"warnings": warnings or []}, code=Code(version="0", git_sha=None, image_digest=None))
+    workspace.commit(address, folder, spec=STEPS[step], recipe=recipe, inputs={}, result=result)
     return folder
 
 
@@ -108,7 +117,7 @@ def test_compile_writes_the_dag(here: Path) -> None:
 
 
 def test_verify_reads_every_file_again(here: Path, recipe: Recipe) -> None:
-    folder = commit_result(find_site("local"), recipe, b"content")
+    folder = commit_result(find_site("local"), recipe, {"shards/part.bin": b"content"})
     assert "1 manifests, 1 files" in invoke("verify", "workspace")
     assert "1 manifests, 1 files" in invoke("verify", str(folder))
     assert "1 manifests, 1 files" in invoke("verify", (folder / "manifest.json").as_uri())
@@ -116,7 +125,7 @@ def test_verify_reads_every_file_again(here: Path, recipe: Recipe) -> None:
 
 @pytest.mark.parametrize(("damage", "problem"), [(lambda path: path.write_bytes(b"contenT"), "changed"), (Path.unlink, "missing")])
 def test_verify_finds_damage_and_fails(damage: object, problem: str, here: Path, recipe: Recipe) -> None:
-    folder = commit_result(find_site("local"), recipe, b"content")
+    folder = commit_result(find_site("local"), recipe, {"shards/part.bin": b"content"})
     damage(folder / "shards" / "part.bin")  # type: ignore[operator]
     result = CliRunner().invoke(app, ["verify", "workspace"])
     assert result.exit_code == 1
@@ -126,36 +135,54 @@ def test_verify_finds_damage_and_fails(damage: object, problem: str, here: Path,
 def write_finished_run(site: Site, recipe: Recipe, name: str, started_at: str) -> None:
     storage = Workspace(site).storage
     write_run(storage, RunRecord(name, recipe.model_dump(mode="json"), recipe.digest(), started_at))
-    write_step(storage, name, StepRecord("train_vae", None, KEY, "done", 12.5, False, f"{storage.uri}/train_vae/{KEY}", started_at))
-    write_step(storage, name, StepRecord("train_mmdit", "S1", KEY, "done", 0.5, True, f"{storage.uri}/train_mmdit/{KEY}", started_at + "1"))
-    report = {"run": name, "metrics": {"vae/psnr": 27.123456, "judge/mean": 0.9}, "warnings": ["few prompts"]}
-    storage.put(f"reports/{name}/report.json", json.dumps(report).encode())
+    for number, (step, stage, is_reused) in enumerate(
+        (("train_vae", None, False), ("train_mmdit", "S1", True), ("publish_report", None, False))
+    ):
+        uri = f"{storage.uri}/{step}/{KEY}"
+        write_step(storage, name, StepRecord(step, stage, KEY, "done", 12.5, is_reused, uri, f"{started_at}.{number}"))
 
 
-def test_report_shows_the_newest_run_and_what_to_do_next(here: Path, recipe: Recipe) -> None:
+@pytest.fixture
+def finished(here: Path, recipe: Recipe) -> Site:
     site = find_site("local")
+    model = {"name": "darkroom", "alias": "candidate", "sampling": {}, "parts": {}}
+    body = {
+        "scores": {"vae/psnr": 27.123456, "judge/mean": 0.9},
+        "prompts": [],
+        "edits": [],
+        "reconstructions": [],
+        "warnings": [],
+        "curves": [],
+    }
+    commit_result(site, recipe, {}, step="train_vae", warnings=["few pictures"])
+    commit_result(site, recipe, {}, step="train_mmdit", stage="S1")
+    commit_result(site, recipe, {"body.json": json.dumps(body | {"model": model}).encode()}, step="publish_report")
     write_finished_run(site, recipe, "b-older", "2026-01-01T00:00:00")
     write_finished_run(site, recipe, "a-newer", "2026-01-02T00:00:00")
+    return site
+
+
+def test_report_shows_the_newest_run_and_what_to_do_next(finished: Site) -> None:
     shown = invoke("report")
-    for words in (
+    expected = (
         "a-newer",
         "train_vae",
         "reused",
         "27.12",
-        "few prompts",
+        "few pictures",
         "reports/a-newer/report.html",
         "darkroom sample a-newer",
         "darkroom ui",
-    ):
-        assert words in shown, words
+    )
+    assert [words for words in expected if words not in shown] == []
 
 
-def test_report_for_scripts_has_steps_and_scores(here: Path, recipe: Recipe) -> None:
-    write_finished_run(find_site("local"), recipe, "r", "2026-01-01T00:00:00")
-    told = json.loads(invoke("report", "r", "--json"))
+def test_report_for_scripts_has_steps_and_scores(finished: Site) -> None:
+    told = json.loads(invoke("report", "b-older", "--json"))
     assert told["metrics"]["vae/psnr"] == 27.123456
-    assert [step["step"] for step in told["steps"]] == ["train_vae", "train_mmdit"]
-    assert told["report"].endswith("reports/r/report.html")
+    assert [step["step"] for step in told["steps"]] == ["train_vae", "train_mmdit", "publish_report"]
+    assert told["report"].endswith("reports/b-older/report.html")
+    assert Path(told["report"].removeprefix("file://")).exists()
 
 
 def test_doctor_finds_this_machine_well(here: Path) -> None:
