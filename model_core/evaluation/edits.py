@@ -50,7 +50,8 @@ def judge_edit(edit: Edit, result: Image.Image, reading: Reading) -> EditVerdict
     Success: the changed attribute of a scene reads as asked; for a style or a restoration, which a scene's attributes do not
     tell, the result is nearer to the known target than the source was, by MIN_GAIN_DB. Consistency: the share of the attributes
     not asked to change that read as in the target, averaged with 1 - the mean absolute difference (as a share of the value
-    range) between result and source over the pixels in which source and target agree; without such pixels, the share alone.
+    range) between result and source over the pixels in which source and target agree; the share alone where there are none, or
+    where the whole picture is to change.
     """
     change, target = edit.notes["change"], edit.notes["target"]
     if change["attribute"] in ATTRIBUTES:
@@ -61,7 +62,7 @@ def judge_edit(edit: Edit, result: Image.Image, reading: Reading) -> EditVerdict
         names = list(STYLE_KEEPS if edit.notes["operation"] == "style" else ATTRIBUTES)
     kept = {name: getattr(reading, name) == target[name] for name in names}
     consistency = float(np.mean(list(kept.values())))
-    outside = change_outside(result, source=edit.references[0], target=edit.target)
+    outside = None if change["region"] == "all" else change_outside(result, source=edit.references[0], target=edit.target)
     return EditVerdict(bool(success), consistency if outside is None else (consistency + 1 - outside) / 2, kept)
 
 

@@ -37,7 +37,7 @@ from model_core.models.condition import load_encoder
 from model_core.models.mmdit import load_mmdit
 from model_core.models.vae import load_vae
 
-NUM_CHECKED = 256  # held-out renders on which the judge is checked
+NUM_CHECKED = 160  # held-out renders on which the judge is checked
 NUM_CHECKED_AGAIN = 64  # of them read again after the autoencoder and over photographs: what a score can reach at most
 MIN_JUDGE_ACCURACY = 0.98
 NO_SCENES = "the data holds no plain scenes, so their judge does not apply: there are no judge/ and edit/ scores"
