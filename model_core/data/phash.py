@@ -1,4 +1,4 @@
-"""Perceptual hash: 64 signs of low frequencies, equal for pictures that look alike (Zauner 2010, on colour)."""
+"""Perceptual hash: 64 signs of low frequencies of luma, nearly equal for pictures that look alike (Zauner 2010)."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def random_scene(generator: np.random.Generator, config: Scenes) -> Scene:
     """Any scene, held out or not; carries a text with probability `config.text_share`."""
 
     def one_of(values: Sequence[str]) -> str:
-        return values[generator.integers(len(values))]
+        return values[int(generator.integers(len(values)))]
 
     text = one_of(config.letters) + one_of(config.digits) if generator.random() < config.text_share else ""
     return Scene(one_of(tuple(COLORS)), one_of(SHAPES), one_of(POSITIONS), one_of(tuple(BACKGROUNDS)), text)

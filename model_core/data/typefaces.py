@@ -41,14 +41,14 @@ TYPEFACES: dict[str, tuple[Typeface, ...]] = {
 
 
 def check_typefaces(config: TextImages) -> None:
-    """Raises UserError when the package with a language's typefaces is not installed."""
+    """Raises UserError when a package that a language's typefaces come with or are read with is not installed."""
     for language in config.languages if config.num_images else ():
-        package = TYPEFACES[language][0].package
-        if find_spec(package) is None:
-            raise UserError(
-                f"text_images.languages: found {language}, whose fonts come with the package {package}, which is not installed; "
-                "install darkroom[demo], or leave the language out"
-            )
+        for package in (TYPEFACES[language][0].package, "fontTools"):
+            if find_spec(package) is None:
+                raise UserError(
+                    f"text_images.languages: found {language}, which needs the package {package}, which is not installed; "
+                    "install darkroom[demo], or leave the language out"
+                )
 
 
 @lru_cache(maxsize=256)

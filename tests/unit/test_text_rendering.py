@@ -146,6 +146,6 @@ def test_larger_pictures_get_more_points_on_a_slide():
 def test_a_missing_font_package_is_refused_before_work(monkeypatch):
     monkeypatch.setattr("model_core.data.typefaces.find_spec", lambda name: None if name == "mplfonts" else object())
     check_typefaces(TextImages(languages=["en"]))
-    with pytest.raises(UserError, match="text_images.languages: found zh, whose fonts come with the package mplfonts"):
+    with pytest.raises(UserError, match="text_images.languages: found zh, which needs the package mplfonts"):
         check_typefaces(TextImages(languages=["en", "zh"]))
     check_typefaces(TextImages(languages=["zh"], num_images=0))
