@@ -57,20 +57,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         site = load_site(options.site)
         recipe = load_recipe(options.recipe)
         inputs = dict(_input(text, site) for text in options.input)
-        run_step(step_spec(options.step), recipe, site, run=check_run_name(options.run), stage=options.stage, inputs=inputs, output=options.output)
+        run_step(
+            step_spec(options.step),
+            recipe,
+            site,
+            run=check_run_name(options.run),
+            stage=options.stage,
+            inputs=inputs,
+            output=options.output,
+        )
     except UserError as error:
         print(f"{options.step}: {error}", file=sys.stderr, flush=True)
         return CONFIGURATION
     except (StorageError, Stopped) as error:
         print(f"{options.step}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return INFRASTRUCTURE
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever a step raises is told and becomes an exit code
         traceback.print_exc()
         return FAILED
     return DONE
 
 
-def run_step(spec: StepSpec, recipe: Recipe, site: Site, *, run: str, stage: str | None, inputs: dict[str, Manifest], output: Path) -> Manifest:
+def run_step(
+    spec: StepSpec, recipe: Recipe, site: Site, *, run: str, stage: str | None, inputs: dict[str, Manifest], output: Path
+) -> Manifest:
     """Does one step, or finds it done, and copies its manifest to `output`. Keeps the run's record up to date."""
     check_inputs(spec, stage=stage, recipe=recipe, inputs=inputs)
     began, started_at = time.monotonic(), datetime.now(UTC).isoformat()
@@ -148,7 +158,9 @@ def code_version() -> Code:
 
 def _git_sha() -> str | None:
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False)
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None  # no git on this machine
     return found.stdout.strip() if found.returncode == 0 else None
@@ -156,7 +168,14 @@ def _git_sha() -> str | None:
 
 def _report(tracker: Tracker, manifest: Manifest, *, inputs: dict[str, Manifest], reused: bool) -> None:
     """Tells tracking what the step took and left: edges of the lineage graph, and its numbers."""
-    tracker.tags({"stage_key": manifest.key, "reused": str(reused).lower(), "recipe.sha256": manifest.recipe_digest, "git.sha": manifest.code.git_sha or ""})
+    tracker.tags(
+        {
+            "stage_key": manifest.key,
+            "reused": str(reused).lower(),
+            "recipe.sha256": manifest.recipe_digest,
+            "git.sha": manifest.code.git_sha or "",
+        }
+    )
     for name, parent in inputs.items():
         tracker.tags({f"input/{name}": f"{parent.uri}#{parent.digest}"})
         if parent.kind == "model":
@@ -186,8 +205,11 @@ def _input(text: str, site: Site) -> tuple[str, Manifest]:
 
 
 def _set_threads(threads: int | None) -> None:
-    """Before torch is imported: as many threads as the launch profile says, else as this process may use cores."""
-    os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
+    """Before torch is imported: as many threads as the launch profile says, else the environment, else as there are cores."""
+    if threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    else:
+        os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
 def _lost_claim(label: str) -> NoReturn:

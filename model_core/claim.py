@@ -69,7 +69,9 @@ class Claim:
                 print(f"claim: heartbeat of {self._path} failed: {error}", file=sys.stderr, flush=True)
 
 
-def acquire(storage: Storage, path: str, *, finished: Callable[[], bool], on_lost: Callable[[], None], say: Callable[[str], None]) -> Claim | None:
+def acquire(
+    storage: Storage, path: str, *, finished: Callable[[], bool], on_lost: Callable[[], None], say: Callable[[str], None]
+) -> Claim | None:
     """Claims `path`, waiting while somebody else holds it; None when `finished()` turns true meanwhile.
 
     `on_lost` is called, from another thread, when another process has taken the claim over.

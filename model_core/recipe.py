@@ -52,7 +52,7 @@ class Scenes(Section):
 class Data(Section):
     """What ingest_images reads."""
 
-    sources: list[str] = Field(default_factory=lambda: ["synthetic://scenes"], min_length=1)
+    sources: list[str] = Field(["synthetic://scenes"], min_length=1)
     scenes: Scenes = Scenes()
     max_images: Count | None = None  # stop after so many; None takes all
     max_side_px: Annotated[int, Field(ge=16)] = 512  # longer pictures are stored reduced to it; the largest stage's side or more (ours)
@@ -76,9 +76,9 @@ class TextImages(Section):
     num_images: NonNegative = 600
     size_px: Count = 64
     modes: dict[Literal["pure", "compositional", "template"], Annotated[float, Field(ge=0.0)]] = Field(
-        default_factory=lambda: {"pure": 1.0, "compositional": 1.0, "template": 1.0}
+        {"pure": 1.0, "compositional": 1.0, "template": 1.0}
     )  # relative weights (ours)
-    languages: list[Literal["en", "zh"]] = Field(default_factory=lambda: ["en", "zh"], min_length=1)
+    languages: list[Literal["en", "zh"]] = Field(["en", "zh"], min_length=1)
     font_px: tuple[Count, Count] = (10, 18)  # glyph height, least and most; R2 draws 5 to 20 px
 
     @model_validator(mode="after")
@@ -95,7 +95,7 @@ class Edits(Section):
 
     num_pairs: NonNegative = 3000
     operations: list[Literal["attribute", "background", "style", "text", "removal", "restoration", "multi_reference"]] = Field(
-        default_factory=lambda: ["attribute", "background", "style", "text", "removal", "restoration", "multi_reference"], min_length=1
+        ["attribute", "background", "style", "text", "removal", "restoration", "multi_reference"], min_length=1
     )
 
 
@@ -131,8 +131,8 @@ class VAEModel(Section):
 
     latent_channels: Count = 64  # R1: c64
     stem_fold: Literal[1, 2, 4, 8, 16] = 1  # side of the block of pixels folded into channels first; 8 makes a CPU fast enough (ours)
-    encoder_widths: list[Count] = Field(default_factory=lambda: [96, 192, 384, 768, 768], min_length=1)  # S
-    decoder_widths: list[Count] = Field(default_factory=lambda: [1152, 1152, 576, 288, 144], min_length=1)  # S
+    encoder_widths: list[Count] = Field([96, 192, 384, 768, 768], min_length=1)  # S
+    decoder_widths: list[Count] = Field([1152, 1152, 576, 288, 144], min_length=1)  # S
     encoder_blocks: Count = 2  # residual blocks a level; S
     decoder_blocks: Count = 3  # S
     shortcut: Literal["none", "local", "global", "cosine"] = "global"  # R2 4.1: global is fastest; cosine: on a DCT basis (ours)
@@ -220,7 +220,7 @@ class Stage(Section):
     """One entry of the curriculum (R1 Table 2 and Fig. 6)."""
 
     resolution_px: Count = 256  # pixel budget is its square
-    kinds: list[Kind] = Field(default_factory=lambda: ["image", "text_image", "edit"], min_length=1)
+    kinds: list[Kind] = Field(["image", "text_image", "edit"], min_length=1)
     filter: Thresholds = Thresholds()
     edit_share: Share = 0.1  # TI2I share of the samples: 0.1 (pre-training), 0.3 (after)
     text_image_share: Share = 0.05  # share of synthetic text images; Qwen-Image 1.0 used 5 %
@@ -259,7 +259,7 @@ class MMDiT(Section):
     grad_clip: PositiveFloat = 1.0  # R1 Table 2
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999  # ours
     caption_weights: dict[CaptionType, Annotated[float, Field(ge=0.0)]] = Field(
-        default_factory=lambda: {"general": 0.7, "text": 0.1, "knowledge": 0.1, "structured": 0.1}
+        {"general": 0.7, "text": 0.1, "knowledge": 0.1, "structured": 0.1}
     )  # how often a caption type is drawn (ours)
     checkpoint_every_steps: Count = 100
     stages: dict[str, Stage] = Field(min_length=1)

@@ -55,10 +55,12 @@ class InputFolder:
 
     def folder(self, prefix: str) -> Path:
         """A local folder with every file below `prefix`."""
-        names = self.names(prefix.rstrip("/") + "/")
-        if not names:
+        depth = prefix.rstrip("/").count("/") + 1
+        paths = [(name, self.path(name)) for name in self.names(prefix.rstrip("/") + "/")]
+        if not paths:
             raise UserError(f"{self.manifest.uri}: no folder {prefix!r} in its manifest")
-        return [self.path(name) for name in names][0].parents[names[0].count("/") - prefix.rstrip("/").count("/") - 1]
+        name, path = paths[0]
+        return path.parents[name.count("/") - depth]
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file."""
@@ -67,7 +69,9 @@ class InputFolder:
     def _fetch(self, name: str, local: Path) -> None:
         where = f"{self.manifest.uri}/{name}"
         if self._storage.local_path(name) is not None:
-            raise UserError(f"{where}: {'changed since it was written' if local.exists() else 'missing'}; its manifest promises other content")
+            raise UserError(
+                f"{where}: {'changed since it was written' if local.exists() else 'missing'}; its manifest promises other content"
+            )
         try:
             self._storage.download(name, local)
         except NotFoundError as error:
@@ -163,7 +167,9 @@ class Workspace:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return folder
 
-    def commit(self, address: Address, folder: Path, *, spec: StepSpec, recipe: Recipe, inputs: Mapping[str, Manifest], result: StepResult) -> Manifest:
+    def commit(
+        self, address: Address, folder: Path, *, spec: StepSpec, recipe: Recipe, inputs: Mapping[str, Manifest], result: StepResult
+    ) -> Manifest:
         """Hashes and stores the files in `folder`, then writes the manifest create-only.
 
         When somebody else has committed this key meanwhile, theirs stands and is returned.
@@ -176,7 +182,9 @@ class Workspace:
             key=address.key,
             uri=f"{self.uri}/{address.prefix}",
             files=files,
-            parents=tuple(Parent(name=name, step=parent.step, key=parent.key, digest=parent.digest) for name, parent in sorted(inputs.items())),
+            parents=tuple(
+                Parent(name=name, step=parent.step, key=parent.key, digest=parent.digest) for name, parent in sorted(inputs.items())
+            ),
             recipe_digest=recipe.digest(),
             code=result.code,
             stats=result.stats,
@@ -207,4 +215,6 @@ class StepResult:
 def result_files(folder: Path) -> list[Path]:
     """The files of a result, sorted: all below `folder` but claims, manifests and checkpoints."""
     found = [path for path in folder.rglob("*") if path.is_file()]
-    return sorted(path for path in found if path.relative_to(folder).parts[0] not in (*PRIVATE, CHECKPOINTS) and not path.name.startswith(".claim"))
+    return sorted(
+        path for path in found if path.relative_to(folder).parts[0] not in (*PRIVATE, CHECKPOINTS) and not path.name.startswith(".claim")
+    )

@@ -55,7 +55,9 @@ def make_plan(*, seed: int, stage: str, sizes: Mapping[str, int], shares: Mappin
 
     Raises UserError when no kind with a share has rows.
     """
-    exact = {kind: Fraction(share).limit_denominator(10_000) for kind, share in sorted(shares.items()) if share > 0 and sizes.get(kind, 0) > 0}
+    exact = {
+        kind: Fraction(share).limit_denominator(10_000) for kind, share in sorted(shares.items()) if share > 0 and sizes.get(kind, 0) > 0
+    }
     total = sum(exact.values(), Fraction(0))
     if not total:
         raise UserError(f"stage {stage}: nothing to train on; its kinds hold {dict(sizes)} rows and its shares are {dict(shares)}")

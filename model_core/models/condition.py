@@ -15,8 +15,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from model_core.recipe import Encoder, UserError
+
+transformers_logging.disable_progress_bar()  # its bars would break a step's lines
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SETTINGS = "condition.json"
@@ -25,7 +28,9 @@ SETTINGS = "condition.json"
 class ConditionEncoder(nn.Module):
     """Prompts to text states; never trained."""
 
-    def __init__(self, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str, max_tokens: int) -> None:
+    def __init__(
+        self, model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, *, system_prompt: str, max_tokens: int
+    ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.system_prompt, self.max_tokens = tokenizer, system_prompt, max_tokens
@@ -92,7 +97,10 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedToken
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([signs, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")

@@ -35,10 +35,10 @@ class MMDiT(nn.Module):
         self.image_in = nn.Linear(latent_channels, width, bias=False)
         self.place_in = nn.Linear(config.head_dim, width, bias=False) if config.place_input else None
         self.text_in = TextProjection(text_dim, width)
-        self.time_in = nn.Sequential(nn.Linear(TIME_CHANNELS, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False))
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width, bias=False))
+        self.time_in, self.time_out = nn.Linear(TIME_CHANNELS, width, bias=False), nn.Linear(width, width, bias=False)
+        self.modulation = nn.Linear(width, 4 * width, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.final_scale = nn.Sequential(nn.SiLU(), nn.Linear(width, width, bias=False))
+        self.final_scale = nn.Linear(width, width, bias=False)
         self.image_out = nn.Linear(width, latent_channels, bias=False)
         self._initialise()
 
@@ -51,16 +51,16 @@ class MMDiT(nn.Module):
         shut learn far more slowly in short runs (docs/decisions/0005-open-gates.md).
         """
         width = self.config.width
-        nn.init.normal_(self.time_in[0].weight, std=math.sqrt(2 / TIME_CHANNELS))
-        nn.init.normal_(self.time_in[2].weight, std=1 / math.sqrt(SILU_SECOND_MOMENT * width))
-        nn.init.zeros_(self.modulation[1].weight)
+        nn.init.normal_(self.time_in.weight, std=math.sqrt(2 / TIME_CHANNELS))
+        nn.init.normal_(self.time_out.weight, std=1 / math.sqrt(SILU_SECOND_MOMENT * width))
+        nn.init.zeros_(self.modulation.weight)
         for gate in (1, 3):
-            self.modulation[1].weight[gate * width : (gate + 1) * width] = 1 / (SILU_MEAN * width)
-        nn.init.zeros_(self.final_scale[1].weight)
+            self.modulation.weight[gate * width : (gate + 1) * width] = 1 / (SILU_MEAN * width)
+        nn.init.zeros_(self.final_scale.weight)
         nn.init.zeros_(self.image_out.weight)
-        for block in self.blocks:
-            for branch in (block.attention_out, block.mlp_out):
-                branch.weight /= math.sqrt(2 * len(self.blocks))
+        for name, weight in self.blocks.named_parameters():
+            if name.endswith(("attention_out.weight", "mlp_out.weight")):
+                weight.div_(math.sqrt(2 * len(self.blocks)))
 
     def forward(
         self,
@@ -89,17 +89,22 @@ class MMDiT(nn.Module):
         mask = self._mask(text_mask, [image.shape[1] for image in images], target.shape[1])
 
         clean = stream.shape[1] - target.shape[1]
-        time = self.time_in(timestep_embedding(t).to(stream.dtype))
+        time = self._time(t, stream.dtype)
         modulation, final_scale = self.modulation(time)[:, None], self.final_scale(time)[:, None]
         if self.config.condition_at_t0:
-            time0 = self.time_in(timestep_embedding(torch.zeros_like(t[:1])).to(stream.dtype))
-            at_t0 = self.modulation(time0)[:, None].expand(len(t), clean, -1)
+            at_t0 = self.modulation(self._time(torch.zeros_like(t[:1]), stream.dtype))[:, None].expand(len(t), clean, -1)
             modulation = torch.cat((at_t0, modulation.expand(-1, target.shape[1], -1)), dim=1)
         for block in self.blocks:
             stream = block(stream, modulation, rotary, mask)
         return self.image_out(layer_norm(stream[:, clean:]) * (1 + final_scale))
 
-    def _rotary(self, length: int, shape: tuple[int, int], references: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """SiLU of the time embedding (B, D), which all modulation is linear in."""
+        return F.silu(self.time_out(F.silu(self.time_in(timestep_embedding(t).to(dtype)))))
+
+    def _rotary(
+        self, length: int, shape: tuple[int, int], references: list[tuple[int, int]], device: torch.device
+    ) -> tuple[Tensor, Tensor]:
         """(cos, sin) tables of the stream: text, condition images, target."""
         parts = [text_positions(length, [shape, *references])]
         parts += [image_positions(ordinal, *size) for ordinal, size in enumerate(references, start=1)]
@@ -111,14 +116,15 @@ class MMDiT(nn.Module):
 
         Full attention hides padding alone. Block-causal attention also hides later tokens, but for those of one's own image.
         """
-        batch, length = text_mask.shape
         images = [*reference_lengths, target_length]
         if self.config.attention == "full" and bool(text_mask.all()):
             return None
         keys = F.pad(text_mask, (0, sum(images)), value=True)[:, None, None]
         if self.config.attention == "full":
             return keys
-        block = torch.tensor([-1] * length + [index for index, count in enumerate(images) for _ in range(count)], device=text_mask.device)
+        block = torch.tensor(
+            [-1] * text_mask.shape[1] + [index for index, count in enumerate(images) for _ in range(count)], device=text_mask.device
+        )
         same_image = (block[:, None] == block[None]) & (block[:, None] >= 0)
         causal = torch.ones(len(block), len(block), dtype=torch.bool, device=text_mask.device).tril()
         # A padded query looks at itself, so that no row of the softmax is empty.
@@ -159,7 +165,9 @@ class TextProjection(nn.Module):
     def __init__(self, text_dim: int, width: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(text_dim, eps=NORM_EPS)
-        self.layers = nn.Sequential(nn.Linear(text_dim, width, bias=False), nn.GELU(approximate="tanh"), nn.Linear(width, width, bias=False))
+        self.layers = nn.Sequential(
+            nn.Linear(text_dim, width, bias=False), nn.GELU(approximate="tanh"), nn.Linear(width, width, bias=False)
+        )
 
     def forward(self, text: Tensor) -> Tensor:
         """(B, L, text_dim) to (B, L, D)."""

@@ -101,4 +101,6 @@ def find_manifest(site: Site, workspace: Workspace, model: str) -> Manifest:
     try:
         return parse_manifest(open_storage(uri, site.s3).get(FILE_NAME), f"{uri}/{FILE_NAME}")
     except NotFoundError as error:
-        raise UserError(f"model {model}: there is no {FILE_NAME} at {uri}; allowed are a run's name and a published model's folder") from error
+        raise UserError(
+            f"model {model}: there is no {FILE_NAME} at {uri}; allowed are a run's name and a published model's folder"
+        ) from error

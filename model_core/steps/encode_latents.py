@@ -17,8 +17,8 @@ import torch
 from model_core.context import StepContext
 from model_core.data.buckets import bucket, fit
 from model_core.data.latents import CAPTIONS, LatentShard, shard_name, write_latents
-from model_core.data.shards import RawRow, decode_image, read_kept_rows
 from model_core.data.pixels import image_tensor
+from model_core.data.shards import RawRow, decode_image, read_kept_rows
 from model_core.models.vae import ResidualVAE, load_vae
 
 BATCH_IMAGES = 64
@@ -97,5 +97,8 @@ def _shard(entries: list[dict[str, Any]], shape: tuple[int, int], num_references
         held_out=[row.held_out for row in rows],
         latents=np.stack([entry["latent"] for entry in entries]),
         references=references,
-        prompts={"instruction": [row.instruction for row in rows], **{name: [entry["captions"][name] for entry in entries] for name in CAPTIONS}},
+        prompts={
+            "instruction": [row.instruction for row in rows],
+            **{name: [entry["captions"][name] for entry in entries] for name in CAPTIONS},
+        },
     )

@@ -16,7 +16,15 @@ import torch
 
 from model_core.context import StepContext
 from model_core.data.shards import read_rows
-from model_core.models.condition import ConditionEncoder, open_qwen3_vl, save_encoder, system_turn, tiny_qwen3_vl, train_tokenizer, user_turn
+from model_core.models.condition import (
+    ConditionEncoder,
+    open_qwen3_vl,
+    save_encoder,
+    system_turn,
+    tiny_qwen3_vl,
+    train_tokenizer,
+    user_turn,
+)
 from model_core.training.teach_encoder import teach
 
 
@@ -51,7 +59,11 @@ def run(context: StepContext) -> dict[str, Any]:
 def _lessons(context: StepContext) -> list[tuple[str, str]]:
     """(prompt, answer) chats: each caption, and each edit's instruction, answered by the structured description of the picture."""
     captions = {row["sample_id"]: row for row in pq.read_table(context.inputs["captions"].path("captions.parquet")).to_pylist()}
-    instructions = {row.sample_id: row.instruction for row in read_rows(context.inputs["edits"], columns=("sample_id", "instruction", "held_out")) if not row.held_out}
+    instructions = {
+        row.sample_id: row.instruction
+        for row in read_rows(context.inputs["edits"], columns=("sample_id", "instruction", "held_out"))
+        if not row.held_out
+    }
     lessons = []
     for sample_id, row in captions.items():
         prompts = [instructions.get(sample_id), row["general"], row["text"], row["knowledge"]]

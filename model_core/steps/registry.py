@@ -37,7 +37,13 @@ STEPS: dict[str, StepSpec] = {
         StepSpec(name="render_text", version=1, sections=("seed", "text_images"), inputs=("images",), kind="dataset"),
         StepSpec(name="build_edits", version=1, sections=("seed", "edits", "data.scenes"), inputs=("images",), kind="dataset"),
         StepSpec(
-            name="filter_images", version=1, sections=("seed", STAGE + "filter"), inputs=RAW, optional=("previous",), kind="dataset", staged=True
+            name="filter_images",
+            version=1,
+            sections=("seed", STAGE + "filter"),
+            inputs=RAW,
+            optional=("previous",),
+            kind="dataset",
+            staged=True,
         ),
         StepSpec(name="caption_images", version=1, sections=("seed", "captions"), inputs=("kept", *RAW), kind="dataset"),
         StepSpec(name="prepare_encoder", version=1, sections=("seed", "encoder"), inputs=("captions", "edits"), kind="model"),
@@ -78,7 +84,13 @@ STEPS: dict[str, StepSpec] = {
             inputs=("model", "vae", "encoder", "captions", "images", "edits"),
             kind="evaluation",
         ),
-        StepSpec(name="register_model", version=1, sections=("registry", "sampling", "mmdit.stages"), inputs=("model", "vae", "encoder", "evaluation"), kind="model"),
+        StepSpec(
+            name="register_model",
+            version=1,
+            sections=("registry", "sampling", "mmdit.stages"),
+            inputs=("model", "vae", "encoder", "evaluation"),
+            kind="model",
+        ),
         StepSpec(name="publish_report", version=1, sections=(), inputs=("model", "vae", "evaluation", "registration"), kind="report"),
     )
 }

@@ -39,7 +39,7 @@ def run(context: StepContext) -> dict[str, Any]:
     shares = {"edit": stage.edit_share, "text_image": stage.text_image_share, "image": 1.0 - stage.edit_share - stage.text_image_share}
     shares = {kind: share for kind, share in shares.items() if kind in stage.kinds}
     plan = make_plan(seed=context.recipe.seed, stage=context.stage, sizes=rows.sizes, shares=shares, batch_size=stage.batch_size)
-    draws = Draws(recipe.logit_normal, recipe.uncond_dropout, dict(recipe.caption_weights))
+    draws = Draws(recipe.logit_normal, recipe.uncond_dropout, {str(name): weight for name, weight in recipe.caption_weights.items()})
     loader = Loader(rows, plan, draws)
 
     torch.use_deterministic_algorithms(True)
@@ -47,7 +47,12 @@ def run(context: StepContext) -> dict[str, Any]:
     model = _initial_model(context, latent_channels=shards[0].latents.shape[1], text_dim=encoder.dim)
     ema = ema_of(model)
     optimizer = Optimizer(
-        model, lr=stage.lr, warmup_steps=stage.warmup_steps, betas=recipe.betas, weight_decay=recipe.weight_decay, grad_clip=recipe.grad_clip
+        model,
+        lr=stage.lr,
+        warmup_steps=stage.warmup_steps,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        grad_clip=recipe.grad_clip,
     )
     curves = Curves("loss", "grad_norm")
     first = _resume(context, model=model, ema=ema, optimizer=optimizer, curves=curves)
@@ -66,9 +71,14 @@ def run(context: StepContext) -> dict[str, Any]:
             point = curves.close(done)
             context.tracker.metrics({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"]}, step=done)
         if done % recipe.checkpoint_every_steps == 0 and done < stage.steps:
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "curves": curves.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "curves": curves.state_dict(),
+            }
             context.checkpoints.save(done, state)
-        context.progress.update(done, stage.steps, f"loss {curves.last:.4f}")
+        context.progress.update(done, stage.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
 
     return _publish(context, ema=ema, encoder=encoder, shards=shards, curves=curves) | {
@@ -89,7 +99,7 @@ def backward(model: nn.Module, encoder: ConditionEncoder, batch: list[MicroBatch
         noisy = interpolate(micro.latents, micro.noise, micro.t)
         velocity = model(noisy, micro.t, text, mask, micro.shape, references=[(reference, micro.shape) for reference in micro.references])
         loss = flow_loss(velocity, velocity_target(micro.latents, micro.noise)).sum() / batch_size
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.detach()
     return total
 
@@ -111,12 +121,14 @@ def _resume(context: StepContext, *, model: nn.Module, ema: nn.Module, optimizer
         return 0
     step, state = found
     for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (curves, "curves")):
-        part.load_state_dict(state[name])  # type: ignore[attr-defined]
+        part.load_state_dict(state[name])
     context.progress.say(f"resumed after step {step}")
     return step
 
 
-def _publish(context: StepContext, *, ema: nn.Module, encoder: ConditionEncoder, shards: list[LatentShard], curves: Curves) -> dict[str, Any]:
+def _publish(
+    context: StepContext, *, ema: nn.Module, encoder: ConditionEncoder, shards: list[LatentShard], curves: Curves
+) -> dict[str, Any]:
     """Writes weights and curves; returns the stage's losses."""
     assert isinstance(ema, MMDiT)
     recipe = context.recipe

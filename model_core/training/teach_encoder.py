@@ -20,7 +20,9 @@ from model_core.recipe import Encoder
 from model_core.training.optim import Optimizer
 
 
-def teach(encoder: ConditionEncoder, lessons: Sequence[tuple[str, str]], config: Encoder, *, seed: int, progress: Progress) -> list[dict[str, float]]:
+def teach(
+    encoder: ConditionEncoder, lessons: Sequence[tuple[str, str]], config: Encoder, *, seed: int, progress: Progress
+) -> list[dict[str, float]]:
     """Trains the encoder's language model on (prompt, answer) pairs and freezes it again; returns its loss curve."""
     model = encoder.model.model.language_model.requires_grad_(True)
     head = encoder.model.lm_head.requires_grad_(True)
@@ -33,7 +35,7 @@ def teach(encoder: ConditionEncoder, lessons: Sequence[tuple[str, str]], config:
         ids, mask, answers = _batch(encoder, [lessons[index] for index in chosen])
         states = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         loss = F.cross_entropy(head(states[:, :-1][answers[:, 1:]]), ids[:, 1:][answers[:, 1:]])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step(step)
         if (step + 1) % 20 == 0 or step + 1 == config.teach_steps:
             curve.append({"step": step + 1, "loss": float(loss.detach())})

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from model_core.objectives.flow import flow_loss, interpolate, logit_normal, velocity_target
 from model_core.objectives.guidance import guide
 from model_core.sampling.ode import euler

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from model_core.data.latents import LatentShard, read_latents, shard_name, write_latents
 from model_core.data.loader import Draws, LatentRows, Loader, tokens
 from model_core.data.plan import make_plan
@@ -19,7 +20,10 @@ def shard(num: int, *, references: int = 0, kind: str = "image", shape=(2, 3), s
         held_out=[index % 4 == 3 for index in range(num)],
         latents=generator.standard_normal((num, 4, *shape), dtype=np.float32),
         references=generator.standard_normal((num, references, 4, *shape), dtype=np.float32),
-        prompts={"instruction": ["change it" if kind == "edit" else ""] * num, **{name: [f"{name} {i}" for i in range(num)] for name in DRAWS.caption_weights}},
+        prompts={
+            "instruction": ["change it" if kind == "edit" else ""] * num,
+            **{name: [f"{name} {i}" for i in range(num)] for name in DRAWS.caption_weights},
+        },
     )
 
 
@@ -38,7 +42,12 @@ def test_a_shard_reads_back_as_it_was_written_and_equal_shards_are_equal_bytes(t
     read = read_latents(first, vae_digest="v")
     assert np.array_equal(read.latents, written.latents)
     assert np.array_equal(read.references, written.references)
-    assert (read.sample_ids, read.kinds, read.held_out, read.prompts) == (written.sample_ids, written.kinds, written.held_out, written.prompts)
+    assert (read.sample_ids, read.kinds, read.held_out, read.prompts) == (
+        written.sample_ids,
+        written.kinds,
+        written.held_out,
+        written.prompts,
+    )
 
 
 def test_a_shard_without_references_reads_back(tmp_path):
@@ -75,7 +84,9 @@ def test_draws_do_not_depend_on_the_batch_size_or_on_what_came_before():
         found = []
         for number in numbers:
             for micro in loader(shards, batch_size=batch_size).batch(number):
-                found += [(t.item(), prompt, noise.sum().item()) for t, prompt, noise in zip(micro.t, micro.prompts, micro.noise, strict=True)]
+                found += [
+                    (t.item(), prompt, noise.sum().item()) for t, prompt, noise in zip(micro.t, micro.prompts, micro.noise, strict=True)
+                ]
         return sorted(found)
 
     assert draws(4, range(6)) == draws(12, range(2))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit, timestep_embedding
 from model_core.models.rope import image_positions, rotary_table, rotate, text_positions
 from model_core.recipe import MMDiTModel
@@ -57,7 +58,11 @@ def test_the_condition_image_text_and_time_all_matter():
     target, t, text, mask, shape, references = inputs()
     plain = model(target, t, text, mask, shape, references)
     changed = [(references[0][0] + 1, (2, 2))]
-    for other in (model(target, t, text, mask, shape, changed), model(target, t, text + 1, mask, shape, references), model(target, t * 0.5, text, mask, shape, references)):
+    for other in (
+        model(target, t, text, mask, shape, changed),
+        model(target, t, text + 1, mask, shape, references),
+        model(target, t * 0.5, text, mask, shape, references),
+    ):
         assert (other - plain).abs().max() > 1e-3
 
 
@@ -106,7 +111,9 @@ def test_rotation_keeps_norms_and_makes_products_depend_on_distance_alone():
         return (rotate(query, *tables[0]) * rotate(key, *tables[1])).sum()
 
     assert torch.allclose(product(3, 1), product(9, 7), atol=1e-5)
-    assert rotate(query, *rotary_table(torch.full((1, 3), 5), axes=(4, 6, 6), theta=100.0)).norm() == pytest.approx(float(query.norm()), rel=1e-5)
+    assert rotate(query, *rotary_table(torch.full((1, 3), 5), axes=(4, 6, 6), theta=100.0)).norm() == pytest.approx(
+        float(query.norm()), rel=1e-5
+    )
 
 
 def test_timestep_embedding_agrees_with_diffusers():

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from model_core.data.plan import make_plan, schedule
 from model_core.recipe import UserError
 
@@ -24,7 +25,9 @@ def test_each_kind_has_its_share_after_any_number_of_samples():
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 17), st.integers(0, 2**40))
 def test_an_epoch_of_a_kind_holds_each_of_its_rows_once(images, edits, batch_size, seed):
-    plan = make_plan(seed=seed, stage="S1", sizes={"image": images, "edit": edits}, shares={"image": 0.5, "edit": 0.5}, batch_size=batch_size)
+    plan = make_plan(
+        seed=seed, stage="S1", sizes={"image": images, "edit": edits}, shares={"image": 0.5, "edit": 0.5}, batch_size=batch_size
+    )
     draws = [draw for number in range(200 // batch_size + 1) for draw in plan.batch(number)]
     for kind, size in (("image", images), ("edit", edits)):
         rows = [(draw.epoch, draw.row) for draw in draws if draw.kind == kind]

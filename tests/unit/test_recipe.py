@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from model_core.recipe import UserError, load_recipe, override, parse_recipe, section
 
 MINIMAL = {"name": "tiny", "mmdit": {"stages": {"S1": {}}}}
@@ -12,7 +13,7 @@ MINIMAL = {"name": "tiny", "mmdit": {"stages": {"S1": {}}}}
     ("assignment", "sentence"),
     [
         ("nam=x", "nam is not a known key"),
-        ("name=Bad Name", "name: found \"Bad Name\""),
+        ("name=Bad Name", 'name: found "Bad Name"'),
         ("seed=-1", "seed: found -1"),
         ("mmdit.stages={}", "mmdit.stages"),
         ("mmdit.stages.S1.lr=0", "mmdit.stages.S1.lr: found 0"),
@@ -62,7 +63,7 @@ def test_the_recipes_that_ship_are_valid():
 
 
 def test_overrides_set_one_leaf_and_leave_the_rest():
-    recipe = parse_recipe(override(MINIMAL, ["mmdit.stages.S1.lr=1e-5", "data.sources=[\"file:///a\"]"]), "r")
+    recipe = parse_recipe(override(MINIMAL, ["mmdit.stages.S1.lr=1e-5", 'data.sources=["file:///a"]']), "r")
     assert recipe.mmdit.stages["S1"].lr == 1e-5
     assert recipe.data.sources == ["file:///a"]
     assert section(recipe, "mmdit.stages.S1.lr") == 1e-5

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from model_core.storage import open_storage
 from model_core.training.checkpoint import CheckpointStore
 from model_core.training.curves import Curves
@@ -26,7 +27,10 @@ def test_only_the_two_newest_are_kept_and_clearing_leaves_none(tmp_path):
     checkpoints = store(tmp_path)
     for step in (100, 200, 300, 1000):
         checkpoints.save(step, {"step": step})
-    assert sorted(path.name for path in (tmp_path / "train_vae/0/checkpoints").iterdir() if any(path.iterdir())) == ["step-00000300", "step-00001000"]
+    assert sorted(path.name for path in (tmp_path / "train_vae/0/checkpoints").iterdir() if any(path.iterdir())) == [
+        "step-00000300",
+        "step-00001000",
+    ]
     checkpoints.clear()
     assert checkpoints.latest() is None
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+
 from model_core.claim import STALE_SECONDS, acquire, current_owner, is_stale
 from model_core.manifest import Code, Manifest, TrackedRun, parse_manifest
 from model_core.recipe import UserError, parse_recipe
