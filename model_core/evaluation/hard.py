@@ -18,6 +18,7 @@ OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 WORDS = ("BIRD", "BOAT", "CAKE", "DOOR", "FISH", "GOLD", "HAND", "LAMP", "MOON", "NEST", "RAIN", "SALT", "STAR", "TREE", "WIND", "WOLF")
 WORD_HEIGHTS_PX = range(7, 15)  # heights of capitals at which words are looked for, on SIDE
 MIN_WORD_FIT = 0.6  # least correlation of a word with its place
+MIN_PHOTO_SPREAD = 12.0  # quartile distance of lightness (0 to 255) along a photograph's rim
 BOLD = TYPEFACES["en"][1]
 
 
@@ -49,18 +50,25 @@ def word_prompts(num: int, config: Scenes, *, seed: int) -> list[Prompt]:
 
 
 def photo_scene_prompts(num: int, config: Scenes, *, seed: int) -> list[Prompt]:
-    """Held-out scenes over a photograph."""
+    """Held-out scenes over a photograph; a plain background is wrong."""
     scenes = [Scene(scene.color, scene.shape, scene.position, PHOTO, scene.text) for scene in held_out_scenes(num, config, seed=seed)]
-    return [
-        Prompt(describe(scene, 2), index, {"color": scene.color, "shape": scene.shape, "position": scene.position, "text": scene.text})
-        for index, scene in enumerate(scenes)
-    ]
+    return [Prompt(describe(scene, 2), index, scene.to_dict()) for index, scene in enumerate(scenes)]
 
 
 def read_two_shapes(judge: Judge, picture: Image.Image, asked: dict[str, str]) -> dict[str, str]:
     """What the judge sees at the places that were asked about, under the same names."""
     places = judge.read_places(picture)
     return {name: getattr(places[name.split()[0]], name.split()[1]) for name in asked}
+
+
+def read_photo_scene(judge: Judge, picture: Image.Image) -> dict[str, str]:
+    """The judge's reading, its background `photo` where the rim of the picture is of many lightnesses."""
+    seen = judge.read(picture)
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float64) @ LIGHTNESS
+    rim = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    low, high = np.quantile(rim, (0.25, 0.75))  # a text that touches the rim is no photograph
+    background = PHOTO if high - low >= MIN_PHOTO_SPREAD else seen.background
+    return {"color": seen.color, "shape": seen.shape, "position": seen.position, "text": seen.text, "background": background}
 
 
 def read_word(picture: Image.Image, words: Sequence[str] = WORDS) -> tuple[str, float]:

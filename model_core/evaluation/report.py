@@ -76,7 +76,7 @@ def write_report(run: str, workspace: Workspace) -> str:
     for step in done:
         stats = parse_manifest(storage.get(f"{step.step}/{step.key}/{FILE_NAME}"), step.uri).stats
         warnings += [f"{step.label}: {warning}" for warning in stats.get("warnings", [])]
-    warnings += [f"{step.label} failed: {step.error}" for step in steps if step.status == "failed"]
+    failures = [f"{step.label} failed: {step.error}" for step in steps if step.status == "failed"]
 
     kept = ("step", "stage", "key", "status", "seconds", "reused", "uri")
     document = {
@@ -86,7 +86,7 @@ def write_report(run: str, workspace: Workspace) -> str:
         "steps": [{name: asdict(step)[name] for name in kept} for step in steps],
         "metrics": body["scores"] if body else {},
         "images": [f"{folder}/{name}" for name in pictures_of(body)] if body else [],
-        "warnings": warnings,
+        "warnings": warnings + failures,
     }
     view = RunView(record, steps, funnels)
     page = render_page(body, run=view, warnings=warnings, read=lambda name: storage.get(f"{folder}/{name}"))

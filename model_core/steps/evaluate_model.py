@@ -30,7 +30,7 @@ from model_core.evaluation.attributes import SCORED, Prompt, plain_prompts, shar
 from model_core.evaluation.drawing import Painter, Request, draw, reconstruct
 from model_core.evaluation.edits import judge_edit, psnr_gain, scene_edits
 from model_core.evaluation.evidence import Evidence, mean
-from model_core.evaluation.hard import photo_scene_prompts, read_two_shapes, read_word, two_shape_prompts, word_prompts
+from model_core.evaluation.hard import photo_scene_prompts, read_photo_scene, read_two_shapes, read_word, two_shape_prompts, word_prompts
 from model_core.evaluation.judge import Judge, accuracy
 from model_core.evaluation.reconstruction import psnr, ssim
 from model_core.models.condition import load_encoder
@@ -247,4 +247,4 @@ def _read_hard(judge: Judge, group: str, prompt: Prompt, picture: Image.Image) -
         return read_two_shapes(judge, picture, prompt.asked)
     if group == "words":
         return {"word": read_word(picture)[0]}
-    return asdict(judge.read(picture))
+    return read_photo_scene(judge, picture)

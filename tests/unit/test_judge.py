@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from model_core.data.synthetic import BACKGROUNDS, COLORS, POSITIONS, SHAPES, Scene, held_out_scenes, render
+from model_core.data.synthetic import BACKGROUNDS, COLORS, POSITIONS, SHAPES, Scene, compose, held_out_scenes, render
 from model_core.evaluation.attributes import plain_prompts, shares
-from model_core.evaluation.hard import WORDS, read_two_shapes, read_word, two_shape_prompts, word_picture
+from model_core.evaluation.hard import (
+    WORDS,
+    photo_scene_prompts,
+    read_photo_scene,
+    read_two_shapes,
+    read_word,
+    two_shape_prompts,
+    word_picture,
+)
 from model_core.evaluation.judge import ATTRIBUTES, UNREADABLE, Judge, accuracy
 from model_core.recipe import Scenes
 
@@ -109,6 +117,16 @@ def test_reads_words_and_sees_none_in_plain_scenes():
         assert read_word(picture)[0] == word
     for index, scene in enumerate(held_out_scenes(4, SCENES, seed=0)):
         assert read_word(render(scene, 64, index))[0] == UNREADABLE
+
+
+def test_a_scene_over_a_photograph_is_told_from_a_plain_one(judge):
+    ground = Image.fromarray(np.random.default_rng(4).integers(60, 180, (3, 3, 3), dtype=np.uint8)).resize(
+        (64, 64), Image.Resampling.BICUBIC
+    )
+    for index, prompt in enumerate(photo_scene_prompts(4, SCENES, seed=0)):
+        scene = Scene(**prompt.asked)
+        assert read_photo_scene(judge, compose(scene, ground, index))["background"] == "photo"
+        assert read_photo_scene(judge, render(replace(scene, background="white"), 64, index)) == prompt.asked | {"background": "white"}
 
 
 def test_prompts_ask_for_what_their_words_name():

@@ -1,0 +1,172 @@
+"""The report of finished and of failed runs: complete, self-contained, escaped."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from model_core.data.shards import LocalFolder
+from model_core.evaluation.report import render_page, write_report
+from model_core.manifest import Code, Manifest, TrackedRun
+from model_core.recipe import Recipe, UserError
+from model_core.run_record import RunRecord, StepRecord, write_run, write_step
+from model_core.site import parse_site
+from model_core.steps import publish_report
+from model_core.workspace import Workspace
+
+HOSTILE = "<script>alert('x')</script> & \"quotes\""
+KEY = "0123456789abcdef"
+FUNNEL = [{"operator": "min_side", "in": 120, "out": 100, "reason": HOSTILE}]
+
+
+def png(level: int = 9) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (level, level, level)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def documents() -> dict[str, dict[str, Any]]:
+    """What the inputs of publish_report hold, by input and file."""
+    shown = {"group": "plain", "text": HOSTILE, "seed": 0, "asked": {"color": "red", "text": "A7"}, "right": {"color": True, "text": False}}
+    shown |= {"reading": {"color": "red", "text": HOSTILE}, "image": "samples/a.png", "shown": True}
+    edit = {
+        "operation": "style",
+        "instruction": HOSTILE,
+        "change": {},
+        "sources": ["edits/s.png"],
+        "result": "edits/r.png",
+        "target": "edits/t.png",
+    }
+    edit |= {"success": True, "consistency": 0.5, "kept": {"shape": False}, "reading": {}, "shown": True}
+    part = {"step": "train_vae", "stage": None, "key": KEY, "content_digest": "ab" * 32}
+    return {
+        "evaluation": {
+            "scores.json": {"judge/mean": 0.91, "judge_check/text": 1.0, "edit/success": 0.5, "vae/psnr": 27.3, "vae/ssim": 0.9},
+            "prompts.json": [shown, shown | {"image": "samples/hidden.png", "shown": False}],
+            "edits.json": [edit],
+            "reconstructions.json": [{"psnr": 27.3, "ssim": 0.9, "original": "rec/o.png", "decoded": "rec/d.png", "shown": True}],
+            "warnings.json": [HOSTILE],
+        },
+        "registration": {"model.json": {"name": "darkroom", "alias": "candidate", "sampling": {"steps": 4}, "parts": {"vae": part}}},
+        "model": {
+            "history.json": [
+                {"stage": "S1", "curves": [{"step": 20, "loss": 1.0}, {"step": 40, "loss": 0.5}], "validation": {"image": 0.4}}
+            ]
+        },
+        "vae": {"curves.json": [{"step": 20, "loss": 0.2}]},
+    }
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(parse_site({"workspace": str(tmp_path / "workspace")}, "site"))
+
+
+def publish(tmp_path: Path, output: Path) -> None:
+    inputs = {}
+    for name, files in documents().items():
+        folder = tmp_path / "inputs" / name
+        for place in ("samples/a.png", "edits/s.png", "edits/r.png", "edits/t.png", "rec/o.png", "rec/d.png"):
+            (folder / place).parent.mkdir(parents=True, exist_ok=True)
+            (folder / place).write_bytes(png())
+        for file, document in files.items():
+            (folder / file).write_text(json.dumps(document))
+        inputs[name] = LocalFolder(folder)
+    output.mkdir(parents=True, exist_ok=True)
+    publish_report.run(SimpleNamespace(inputs=inputs, output=output))  # type: ignore[arg-type]
+
+
+def run_of(workspace: Workspace, steps: list[tuple[str, str | None, str]]) -> None:
+    """A run named r whose steps have these names, stages and statuses; done ones are committed."""
+    recipe = Recipe.model_validate({"name": "test", "mmdit": {"stages": {"S1": {}}}})
+    write_run(workspace.storage, RunRecord("r", recipe.model_dump(mode="json"), recipe.digest(), "2026-01-02T03:04:05+00:00"))
+    for index, (step, stage, status) in enumerate(steps):
+        uri, error = f"{workspace.uri}/{step}/{KEY}", HOSTILE if status == "failed" else None
+        write_step(workspace.storage, "r", StepRecord(step, stage, KEY, status, 61.5, index == 0, uri, f"2026-01-02T03:{index:02d}", error))  # type: ignore[arg-type]
+        if status == "done":
+            manifest = Manifest(
+                kind="report", step=step, stage=stage, key=KEY, uri=uri, files=(), parents=(), recipe_digest=recipe.digest(),
+                code=Code(version="0", git_sha=None, image_digest=None), stats={"warnings": [f"{HOSTILE} in {step}"]}, mlflow=TrackedRun(),
+                created_at="2026-01-02T03:04:05+00:00",
+            )  # fmt: skip
+            workspace.storage.put(f"{step}/{KEY}/manifest.json", manifest.to_bytes())
+        if step == "filter_images":
+            workspace.storage.put(f"{step}/{KEY}/funnel.json", json.dumps(FUNNEL).encode())
+
+
+def read(workspace: Workspace) -> tuple[str, dict[str, Any]]:
+    storage = workspace.storage
+    return storage.get("reports/r/report.html").decode(), json.loads(storage.get("reports/r/report.json"))
+
+
+def test_a_finished_run_has_its_scores_pictures_and_steps(workspace, tmp_path):
+    run_of(workspace, [("ingest_images", None, "done"), ("filter_images", "S1", "done"), ("publish_report", None, "done")])
+    publish(tmp_path, workspace.storage.local_path(f"publish_report/{KEY}"))
+    assert write_report("r", workspace) == f"{workspace.storage.uri}/reports/r/report.html"
+    page, report = read(workspace)
+    assert list(report) == ["run", "recipe", "recipe_digest", "steps", "metrics", "images", "warnings"]
+    assert [list(step) for step in report["steps"]] == [["step", "stage", "key", "status", "seconds", "reused", "uri"]] * 3
+    assert report["metrics"]["judge/mean"] == 0.91
+    assert report["metrics"]["val_loss/image"] == 0.4
+    assert report["images"] == [
+        f"publish_report/{KEY}/{name}" for name in ("samples/a.png", "edits/s.png", "edits/r.png", "edits/t.png", "rec/o.png", "rec/d.png")
+    ]
+    assert all(workspace.storage.get(name) == png() for name in report["images"])
+    assert len(report["warnings"]) == 3
+    assert page.count("data:image/png;base64,") == 6
+    for word in ("91 %", "27.3 dB", "finished", "1 min 01 s", "reused", "120 → 100", "<svg", "S1"):
+        assert word in page, word
+
+
+def test_a_failed_run_says_what_failed_and_why(workspace):
+    run_of(workspace, [("ingest_images", None, "done"), ("train_vae", None, "failed")])
+    write_report("r", workspace)
+    page, report = read(workspace)
+    assert "train_vae failed after 1 min 01 s" in page
+    assert "&lt;script&gt;" in page
+    assert report["metrics"] == {}
+    assert report["images"] == []
+    assert f"train_vae failed: {HOSTILE}" in report["warnings"]
+
+
+def test_nothing_in_the_page_is_code_or_comes_from_elsewhere(workspace, tmp_path):
+    run_of(
+        workspace,
+        [("ingest_images", None, "done"), ("filter_images", "S1", "done"), ("train_vae", None, "failed"), ("publish_report", None, "done")],
+    )
+    publish(tmp_path, workspace.storage.local_path(f"publish_report/{KEY}"))
+    write_report("r", workspace)
+    page = read(workspace)[0]
+    assert "<script" not in page
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)|https?://|@import|url\(", page)
+
+
+def test_the_step_leaves_equal_bytes_and_a_page_of_its_own(tmp_path):
+    for name in ("first", "second"):
+        publish(tmp_path, tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "first") for path in (tmp_path / "first").rglob("*") if path.is_file())
+    assert Path("report.html") in files
+    assert Path("samples/hidden.png") not in files
+    assert all((tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes() for file in files)
+
+
+def test_a_large_picture_goes_into_the_page_as_jpeg(tmp_path):
+    publish(tmp_path, tmp_path / "out")
+    noise = Image.effect_noise((400, 400), 90).convert("RGB")
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    page = render_page(json.loads((tmp_path / "out" / "body.json").read_text()), read=lambda name: buffer.getvalue())
+    assert "data:image/jpeg;base64," in page
+    assert "data:image/png" not in page
+
+
+def test_an_unknown_run_is_refused(workspace):
+    with pytest.raises(UserError, match="nobody"):
+        write_report("nobody", workspace)
