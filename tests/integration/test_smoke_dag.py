@@ -6,17 +6,15 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.integration.conftest import Darkroom
+
 ROOT = Path(__file__).parents[2]
-DARKROOM = str(Path(sys.executable).parent / "darkroom")
 METRICS = {
     "vae/psnr",
     "vae/ssim",
@@ -29,33 +27,6 @@ METRICS = {
     "edit/consistency",
 }
 NUM_STEPS = 15
-
-Darkroom = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def darkroom(tmp_path_factory: pytest.TempPathFactory) -> Darkroom:
-    here = tmp_path_factory.mktemp("smoke")
-
-    def call(*arguments: str) -> str:
-        done = subprocess.run([DARKROOM, *arguments], cwd=here, capture_output=True, text=True, check=False, timeout=900)
-        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-        return done.stdout
-
-    call.here = here  # type: ignore[attr-defined]
-    return call
-
-
-@pytest.fixture(scope="module")
-def workspace(darkroom: Darkroom) -> Path:
-    folder: Path = darkroom.here / "workspace"  # type: ignore[attr-defined]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def first(darkroom: Darkroom) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(darkroom("run", "smoke", "--name", "first", "--json"))
-    return told
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +82,7 @@ def test_all_results_are_what_their_manifests_promise(darkroom: Darkroom, first:
 
 
 def test_same_seed_draws_the_same_bytes(darkroom: Darkroom, first: dict[str, Any]) -> None:
-    here: Path = darkroom.here  # type: ignore[attr-defined]
+    here = darkroom.here
     drawn = []
     for name in ("a.png", "b.png"):
         darkroom("sample", "first", "a red circle on the left with the text A7", "--seed", "1", "--out", name)

@@ -1,0 +1,54 @@
+"""One run of the recipe smoke for all integration tests: every step real, through Kubeflow's local runner."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DARKROOM = str(Path(sys.executable).parent / "darkroom")
+
+
+@dataclass(frozen=True)
+class Darkroom:
+    """The command line, called in a folder of its own."""
+
+    here: Path
+
+    @property
+    def workspace(self) -> Path:
+        """Where the default site keeps its results."""
+        return self.here / "workspace"
+
+    def __call__(self, *arguments: str) -> str:
+        """Standard output of a call that must succeed."""
+        done = subprocess.run([DARKROOM, *arguments], cwd=self.here, capture_output=True, text=True, check=False, timeout=900)
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A call that goes on by itself."""
+        return subprocess.Popen([DARKROOM, *arguments], cwd=self.here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="session")
+def darkroom(tmp_path_factory: pytest.TempPathFactory) -> Darkroom:
+    return Darkroom(tmp_path_factory.mktemp("smoke"))
+
+
+@pytest.fixture(scope="session")
+def first(darkroom: Darkroom) -> dict[str, Any]:
+    """What `darkroom run smoke --json` told of the undisturbed run named `first`."""
+    told: dict[str, Any] = json.loads(darkroom("run", "smoke", "--name", "first", "--json"))
+    return told
+
+
+@pytest.fixture(scope="session")
+def workspace(darkroom: Darkroom, first: dict[str, Any]) -> Path:
+    """The workspace of the undisturbed run."""
+    return darkroom.workspace

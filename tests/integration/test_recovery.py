@@ -1,0 +1,85 @@
+"""Runs that are killed, and runs on S3, give the very results of the undisturbed run on a disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.integration.conftest import Darkroom
+
+DEADLINE_SECONDS = 300
+
+
+def contents(workspace: Path) -> dict[str, list[Any]]:
+    """The files of every committed result, with their digests, by step and key."""
+    manifests = [json.loads(path.read_bytes()) for path in workspace.glob("*/*/manifest.json")]
+    return {f"{manifest['step']}/{manifest['key']}": manifest["files"] for manifest in manifests}
+
+
+def kill_after_a_checkpoint(running: subprocess.Popen[str], step_folder: Path) -> None:
+    """SIGKILL to the process that claims a step, as soon as the step has a committed checkpoint."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not list(step_folder.glob("*/checkpoints/*/COMMIT.json")):
+        assert running.poll() is None, f"the run ended before {step_folder.name} had a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    claim = next(step_folder.glob("*/claim.json"))
+    os.kill(json.loads(claim.read_bytes())["pid"], signal.SIGKILL)
+
+
+@pytest.fixture
+def copy_without_training(darkroom: Darkroom, first: dict[str, Any], tmp_path: Path) -> Darkroom:
+    """A folder whose workspace holds the data steps of the undisturbed run, and nothing of its training."""
+    copy = Darkroom(tmp_path)
+    for step in ("ingest_images", "render_text", "build_edits", "filter_images", "caption_images", "prepare_encoder"):
+        shutil.copytree(darkroom.workspace / step, copy.workspace / step)
+    return copy
+
+
+def test_a_run_killed_in_both_trainings_resumes_to_bitwise_the_same_results(
+    darkroom: Darkroom, first: dict[str, Any], copy_without_training: Darkroom
+) -> None:
+    said = ""
+    for step in ("train_vae", "train_mmdit"):
+        running = copy_without_training.start("run", "smoke", "--name", "killed")
+        kill_after_a_checkpoint(running, copy_without_training.workspace / step)
+        output, _ = running.communicate(timeout=DEADLINE_SECONDS)
+        assert running.returncode == 1, output
+        said += output
+    said += copy_without_training("run", "smoke", "--name", "killed")
+    assert said.count("resumed after step") >= 2
+    disturbed, undisturbed = contents(copy_without_training.workspace), contents(darkroom.workspace)
+    for name in disturbed:
+        assert disturbed[name] == undisturbed[name], name
+    assert len([name for name in disturbed if name.startswith(("train_", "register_model"))]) == 4
+
+
+@pytest.mark.lab
+def test_a_workspace_on_s3_has_the_same_keys_and_digests_as_one_on_a_disk(
+    darkroom: Darkroom, first: dict[str, Any], tmp_path: Path
+) -> None:
+    endpoint, bucket = os.environ.get("LAB_S3_ENDPOINT"), os.environ.get("LAB_S3_BUCKET")
+    if not endpoint:
+        assert not os.environ.get("REQUIRE_LAB"), "REQUIRE_LAB is set, but LAB_S3_ENDPOINT is not: the lab is not up"
+        pytest.skip("LAB_S3_ENDPOINT is not set: start the lab to test against its S3 server")
+    site = {
+        "workspace": f"s3://{bucket}/recovery-{os.getpid()}-{time.time_ns()}",
+        "scratch": str(tmp_path / "scratch"),
+        "s3": {"endpoint_url": endpoint, "addressing_style": "path"},
+    }
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+    here = Darkroom(tmp_path)
+    told = json.loads(here("run", "smoke", "--name", "remote", "--site", "site.yaml", "--json"))
+    assert [(step["step"], step["stage"], step["key"]) for step in told["steps"]] == [
+        (step["step"], step["stage"], step["key"]) for step in first["steps"]
+    ]
+    assert json.loads(here("verify", site["workspace"], "--site", "site.yaml", "--json"))["findings"] == []
