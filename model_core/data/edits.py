@@ -36,6 +36,7 @@ STYLES = ("black and white", "sepia")
 NUM_SECONDS = 20  # second scenes tried for one multi-reference edit
 SEPIA = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))  # the usual matrix of image editors
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
+MIN_LUMA_STEP = 24  # of 255, between a shape and its background, for it to be seen without colours
 NOISE_SIGMA = (15.0, 40.0)  # of 255
 CROP_SHARE = (0.7, 1.0)  # of each side of a photograph
 BLUR_RADIUS = (1.0, 2.0)  # pixels on 64
@@ -63,9 +64,14 @@ def check_edits(recipe: Recipe) -> None:
 
 
 def applies(operation: str, scene: Scene | None) -> bool:
-    """Whether an operation can be done on a plain scene, or (None) on a photograph."""
+    """Whether an operation can be done on a plain scene, or (None) on a photograph.
+
+    A style takes the colours away, so it asks for a shape that differs from its background in luma too: orange on gray does not.
+    """
     if scene is None or scene.background == PHOTO:
         return operation in PHOTO_OPERATIONS
+    if operation == "style":
+        return abs(_luma(COLORS[scene.color]) - _luma(BACKGROUNDS[scene.background])) >= MIN_LUMA_STEP
     return operation != "removal" or bool(scene.text)
 
 
@@ -108,8 +114,7 @@ def edit_scene(operation: str, scene: Scene, config: Scenes, generator: np.rando
 def edit_photo(
     operation: str, photo: Image.Image, caption: str, generator: np.random.Generator, *, second: tuple[Image.Image, str] | None
 ) -> Edit | None:
-    """An edit of a crop of any photograph; `second` is another one with its caption. None where it is needed and there is none."""
-    photo = crop_of(photo, generator)
+    """An edit of any photograph; `second` is another one with its caption. None where it is needed and there is none."""
     if operation == "style":
         style = _one_of(STYLES, generator)
         notes = _notes(operation, None, None, attribute="style", before="", after=style, region="all")
@@ -232,6 +237,10 @@ def _style_wording(style: str, generator: np.random.Generator) -> str:
 def _styled_caption(scene: Scene, style: str) -> str:
     text = f" with the text {scene.text}" if scene.text else ""
     return f"a {style} picture of a {scene.shape} on the {scene.position}{text}"
+
+
+def _luma(color: Sequence[int]) -> float:
+    return sum(weight * value for weight, value in zip(LUMA, color, strict=True))
 
 
 def _region(attribute: str) -> str:

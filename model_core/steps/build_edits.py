@@ -16,7 +16,7 @@ from PIL import Image
 
 from model_core.context import StepContext
 from model_core.data.contact_sheet import NUM_SAMPLES, contact_sheet
-from model_core.data.edits import Edit, applies, edit_photo, edit_scene
+from model_core.data.edits import Edit, applies, crop_of, edit_photo, edit_scene
 from model_core.data.keys import keyed_generator
 from model_core.data.shards import LocalFolder, RawRow, decode_image, draw_rows, make_row, read_rows, spread_rows, unique_rows, write_rows
 from model_core.data.skipped import Skipped
@@ -103,6 +103,8 @@ def _edit(
     if scene is not None:
         return edit_scene(operation, scene, context.recipe.data.scenes, generator, context.recipe.seed, "edit", pair)
     assert photo is not None
+    if "shape" not in row.notes():  # what a scene's caption names is all in view only in the whole picture
+        photo = crop_of(photo, generator)
     others = [other for other in seconds if other.sample_id != row.sample_id]
     chosen = others[generator.integers(len(others))] if others else None
     second = (decode_image(chosen.image), chosen.caption) if chosen and operation == "multi_reference" else None

@@ -197,6 +197,9 @@ def test_scenes_over_photographs_are_drawn_when_asked_for(photos, tmp_path):
     assert 5 <= backgrounds.count(PHOTO) <= 25
     edits = do("edits", recipe(photos, data__scenes=scenes), tmp_path, {"images": images})
     assert all((row.notes()["source"] or {}).get("background") != PHOTO for row in read_rows(edits))
+    of_scenes = [row for row in read_rows(edits) if row.notes()["source"] is None and "synthetic://" in row.provenance]
+    assert of_scenes
+    assert {(row.width, row.height) for row in of_scenes} == {(64, 64)}  # whole: nothing that the caption names is cut off
 
 
 def test_none_of_a_kind_is_an_empty_set(photos, tmp_path):

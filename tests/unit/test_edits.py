@@ -18,7 +18,7 @@ from model_core.data.edits import (
     styled,
 )
 from model_core.data.keys import keyed_generator
-from model_core.data.synthetic import BACKGROUNDS, PHOTO, Scene, is_held_out, render, scene_from_dict, training_scene
+from model_core.data.synthetic import BACKGROUNDS, COLORS, PHOTO, Scene, is_held_out, render, scene_from_dict, training_scene
 from model_core.recipe import Recipe, Scenes, UserError
 
 CONFIG = Scenes()
@@ -98,6 +98,19 @@ def test_removal_needs_a_text_and_photographs_know_three_operations():
     assert applies("removal", scene(0, text="A7"))
     for photo in (None, scene(0, background=PHOTO)):
         assert tuple(operation for operation in sorted(OPERATIONS) if applies(operation, photo)) == PHOTO_OPERATIONS
+
+
+def test_no_style_is_asked_of_a_scene_that_is_told_by_its_colours_alone():
+    unseen = [
+        (color, background)
+        for color in COLORS
+        for background in BACKGROUNDS
+        if not applies("style", scene(0, color=color, background=background))
+    ]
+    assert unseen == [("orange", "gray")]
+    for color, background in [("yellow", "white"), ("red", "gray"), ("purple", "black")]:
+        picture = styled(render(Scene(color, "circle", "left", background, ""), 64, "key"), "black and white").convert("L")
+        assert abs(picture.getpixel((16, 32)) - picture.getpixel((56, 8))) >= 24
 
 
 def test_an_edit_whose_every_target_is_held_out_is_not_made():
