@@ -115,12 +115,14 @@ def clean(text: str) -> str:
 def _entries(text: str, form: str, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, mapping) of each entry of a document."""
     if form == "metadata.csv":
-        yield from enumerate(csv.DictReader(io.StringIO(text)), start=1)
+        try:
+            yield from enumerate(csv.DictReader(io.StringIO(text), restkey="more"), start=1)
+        except csv.Error as error:
+            raise UserError(f"{where}: not CSV ({error})") from error
         return
     if form == "metadata.jsonl":
-        entries = [
-            (number, _json(line, f"{where} line {number}")) for number, line in enumerate(text.splitlines(), start=1) if line.strip()
-        ]
+        lines = enumerate(text.split("\n"), start=1)  # splitlines() would also split at signs that JSON text may hold
+        entries = [(number, _json(line, f"{where} line {number}")) for number, line in lines if line.strip()]
     else:
         document = _json(text, where)
         if isinstance(document, dict):
@@ -135,7 +137,7 @@ def _entries(text: str, form: str, where: str) -> Iterator[tuple[int, dict[str, 
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({error})") from error
 
 
@@ -154,12 +156,14 @@ def _beside(path: str) -> list[str]:
 
 
 def _sidecar(folder: SourceFolder, path: str, skipped: Skipped) -> Note | None:
+    """The note of the first file beside a picture that has a caption."""
     for beside in _beside(path):
         if beside in folder.files:
             note = _note_in(folder.read(beside), beside)
-            if note is not None:
+            if note is None:
+                skipped.add(NOT_TEXT, beside)
+            elif note.caption:
                 return note
-            skipped.add(NOT_TEXT, beside)
     return None
 
 
@@ -170,13 +174,16 @@ def _note_in(data: bytes, name: str) -> Note | None:
         return None if text is None else Note(clean(text))
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return _note(value) if isinstance(value, dict) else Note(clean(value)) if isinstance(value, str) else None
 
 
 def _read_parquet(file: Path, path: str, skipped: Skipped) -> Iterator[FoundPicture]:
-    parquet = pq.ParquetFile(file)
+    try:
+        parquet = pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"data.sources: {path}: not a parquet file ({str(error).splitlines()[0]})") from error
     names = parquet.schema_arrow.names
     image, caption, licence = (column(names, wanted) for wanted in (IMAGE_COLUMNS, CAPTION_COLUMNS, LICENCE_COLUMNS))
     if image is None or caption is None:

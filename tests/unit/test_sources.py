@@ -144,6 +144,20 @@ def test_captions_lose_control_signs_and_lone_surrogates(tmp_path):
     assert list(found(tmp_path, tmp_path)[0]) == ["a red square 你好"]
 
 
+def test_lines_of_jsonl_end_at_line_feeds_alone(tmp_path):
+    put(tmp_path, "a.png", encoded("a.png"))
+    put(tmp_path, "metadata.jsonl", '{"file_name": "a.png", "text": "a red\u2028square"}\r\n')
+    assert [caption.split() for caption in found(tmp_path, tmp_path)[0]] == [["a", "red", "square"]]
+
+
+def test_a_file_beside_a_picture_that_says_no_caption_leaves_it_to_the_next(tmp_path):
+    put(tmp_path, "a.png", encoded("a.png"))
+    put(tmp_path, "a.txt", "")
+    put(tmp_path, "a.json", json.dumps({"width": 24}))
+    put(tmp_path, "metadata.jsonl", json.dumps({"file_name": "a.png", "text": "a red square"}))
+    assert list(found(tmp_path, tmp_path)[0]) == ["a red square"]
+
+
 MISTAKES = {
     "missing": (lambda folder: None, "no such folder"),
     "a file": (lambda folder: put(folder.parent, folder.name, "x"), "found a file; allowed is the folder"),
@@ -156,6 +170,15 @@ MISTAKES = {
     ),
     "no file name": (lambda folder: (pictures(folder), put(folder, "metadata.csv", "name,text\na,x\n")), "entry 1 has the keys name, text"),
     "list of strings": (lambda folder: (pictures(folder), put(folder, "captions.json", '["x"]')), "entry 1 is \"x\"; allowed is a mapping"),
+    "cells without a column": (
+        lambda folder: (pictures(folder), put(folder, "metadata.csv", "name,text\na,x,y,z\n")),
+        "entry 1 has the keys name, text, more",
+    ),
+    "a cell beyond CSV": (
+        lambda folder: (pictures(folder), put(folder, "metadata.csv", "file_name,text\na.png," + "x" * 200_000 + "\n")),
+        "metadata.csv: not CSV",
+    ),
+    "endless JSON": (lambda folder: (pictures(folder), put(folder, "captions.json", "[" * 100_000)), "captions.json: not JSON"),
     "not UTF-8": (lambda folder: (pictures(folder), put(folder, "metadata.csv", b"file_name,text\na.png,\xff\n")), "not UTF-8 text"),
     "no parquet": (lambda folder: put(folder, "x.parquet", "not parquet"), "x.parquet: not a parquet file"),
 }  # fmt: skip
