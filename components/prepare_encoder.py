@@ -17,7 +17,7 @@ def prepare_encoder(
     edits: Input[Dataset],
     manifest: Output[Model],
 ) -> None:
-    """Provides the frozen vision-language model that reads prompts: from the recipe's path, or a tiny one taught on the captions.
+    """Provides the frozen vision-language model that reads prompts: from the recipe's path, or a tiny one made for the captions.
 
     Args:
         recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).

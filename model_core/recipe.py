@@ -109,14 +109,11 @@ class Captions(Section):
 class Encoder(Section):
     """The frozen vision-language model that reads the prompt (R1 3.2: Qwen3-VL)."""
 
-    path: str | None = None  # folder with Qwen3-VL weights; None builds the tiny one below and teaches it the captions
-    hidden_size: Count = 128
-    num_layers: Count = 2
+    path: str | None = None  # folder with Qwen3-VL weights; None builds the tiny one below, with random weights
+    hidden_size: Count = 256
+    num_layers: Count = 1
     num_heads: Count = 4
     vocab_size: Annotated[int, Field(ge=300)] = 1024
-    teach_steps: NonNegative = 300  # next-token steps on the captions before it is frozen (ours)
-    teach_batch_size: Count = 32
-    teach_lr: PositiveFloat = 2e-3
     system_prompt: str = "Comprehend and analyze the provided prompt."  # R1 Fig. 8
 
     @model_validator(mode="after")
