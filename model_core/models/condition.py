@@ -115,36 +115,42 @@ def tiny_qwen3_vl(config: Encoder, *, num_tokens: int, seed: int) -> Qwen3VLForC
     half = head_dim // 2
     sections = [half - 2 * (half // 3), half // 3, half // 3]
     special = {name: index for index, name in enumerate(SPECIAL_TOKENS)}
-    torch.manual_seed(seed)  # transformers initialises from the global generator
-    model = Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(
-            text_config={
-                "hidden_size": config.hidden_size,
-                "intermediate_size": 3 * config.hidden_size,
-                "num_hidden_layers": config.num_layers,
-                "num_attention_heads": config.num_heads,
-                "num_key_value_heads": config.num_heads,
-                "head_dim": head_dim,
-                "vocab_size": num_tokens,
-                "max_position_embeddings": 4096,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": sections, "mrope_interleaved": True},
-            },
-            vision_config={
-                "depth": 1,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "out_hidden_size": config.hidden_size,
-                "deepstack_visual_indexes": [0],
-                "num_position_embeddings": 16,
-            },
-            image_token_id=special["<|image_pad|>"],
-            video_token_id=special["<|video_pad|>"],
-            vision_start_token_id=special["<|vision_start|>"],
-            vision_end_token_id=special["<|vision_end|>"],
+    with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator, which is left as it was
+        torch.manual_seed(seed)
+        model = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(
+                text_config={
+                    "hidden_size": config.hidden_size,
+                    "intermediate_size": 3 * config.hidden_size,
+                    "num_hidden_layers": config.num_layers,
+                    "num_attention_heads": config.num_heads,
+                    "num_key_value_heads": config.num_heads,
+                    "head_dim": head_dim,
+                    "vocab_size": num_tokens,
+                    "max_position_embeddings": 4096,
+                    "rope_parameters": {
+                        "rope_type": "default",
+                        "rope_theta": 10_000.0,
+                        "mrope_section": sections,
+                        "mrope_interleaved": True,
+                    },
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_heads": 2,
+                    "out_hidden_size": config.hidden_size,
+                    "deepstack_visual_indexes": [0],
+                    "num_position_embeddings": 16,
+                },
+                image_token_id=special["<|image_pad|>"],
+                video_token_id=special["<|video_pad|>"],
+                vision_start_token_id=special["<|vision_start|>"],
+                vision_end_token_id=special["<|vision_end|>"],
+            )
         )
-    )
-    nn.init.normal_(model.model.language_model.embed_tokens.weight)
+        nn.init.normal_(model.model.language_model.embed_tokens.weight)
     return model
 
 

@@ -1,0 +1,113 @@
+"""The condition encoder: which states it hands out, for which tokens, and what the tiny one is made of."""
+
+import pytest
+import torch
+
+from model_core.models.condition import (
+    ConditionEncoder,
+    last_states,
+    load_encoder,
+    open_qwen3_vl,
+    save_encoder,
+    system_turn,
+    tiny_qwen3_vl,
+    train_tokenizer,
+    user_turn,
+)
+from model_core.recipe import Encoder, UserError
+
+CONFIG = Encoder(hidden_size=32, num_layers=2, num_heads=2, vocab_size=320)
+COLORS, TEXTS = ("red", "blue", "green"), ("A7", "B3", "K0")
+PROMPTS = [f"a {color} circle with the text {text}" for color in COLORS for text in TEXTS]
+
+
+def encoder(*, system_prompt: str = "Look.", max_tokens: int = 64) -> ConditionEncoder:
+    tokenizer = train_tokenizer([system_turn("Look.") + user_turn(prompt) for prompt in PROMPTS], vocab_size=CONFIG.vocab_size)
+    model = tiny_qwen3_vl(CONFIG, num_tokens=len(tokenizer), seed=0)
+    return ConditionEncoder(model, tokenizer, system_prompt=system_prompt, max_tokens=max_tokens)
+
+
+def test_states_are_those_before_the_final_norm():
+    one = encoder()
+    ids = torch.tensor([one.token_ids(system_turn("Look.") + user_turn(PROMPTS[0]))])
+    language_model = one.model.model.language_model
+    torch.nn.init.uniform_(language_model.norm.weight, 0.5, 2.0)
+    normalised = language_model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    states = last_states(one.model, ids, torch.ones_like(ids, dtype=torch.bool))
+    # This version of transformers hands out the normalised state as the last hidden one; ours is the norm's input.
+    assert torch.allclose(language_model.norm(states), normalised, atol=1e-5)
+    assert not torch.allclose(states, normalised, atol=1e-2)
+
+
+def test_the_system_turn_is_read_but_its_tokens_are_dropped():
+    states, mask = encoder().encode(PROMPTS[:1])
+    assert states.shape == (1, len(encoder().token_ids(user_turn(PROMPTS[0]))), CONFIG.hidden_size)
+    assert bool(mask.all())
+    other, _ = encoder(system_prompt="Look well.").encode(PROMPTS[:1])
+    assert other.shape == states.shape
+    assert not torch.allclose(other, states, atol=1e-3)
+
+
+def test_an_empty_prompt_counts_as_one_space():
+    one = encoder()
+    assert torch.equal(one.encode([""])[0], one.encode([" "])[0])
+
+
+def test_a_prompt_has_the_same_states_beside_a_longer_one_and_padding_is_zero():
+    one = encoder()
+    alone, _ = one.encode(["a red circle"])
+    states, mask = one.encode(["a red circle", PROMPTS[0]])
+    length = alone.shape[1]
+    assert mask.sum(dim=1).tolist() == [length, states.shape[1]]
+    assert torch.allclose(states[0, :length], alone[0], atol=1e-5)
+    assert not states[0, length:].any()
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers():
+    with pytest.raises(UserError, match=r"found 1\d tokens; allowed are 6"):
+        encoder(max_tokens=6).encode([PROMPTS[0]])
+
+
+def test_capital_letters_and_digits_are_tokens_of_their_own_and_any_text_survives():
+    tokenizer = encoder().tokenizer
+    tokens = tokenizer.tokenize("the text A7 and BC12")
+    assert [token for token in tokens if token.isascii() and (token.isupper() or token.isdigit())] == ["A", "7", "B", "C", "1", "2"]
+    assert len(tokenizer.tokenize(" circle")) == 1
+    for text in ("a zebra\n\t\u00fc\u4f60\u597d \U0001f600", ' "quoted" {json: 1}'):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False) == text
+
+
+def test_weights_are_keyed_by_the_seed_and_the_callers_random_numbers_stay_as_they_were():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second, other = (tiny_qwen3_vl(CONFIG, num_tokens=300, seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(first[name], second[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_words_that_differ_have_states_that_differ_and_nothing_is_trained():
+    one = encoder()
+    states, _ = one.encode([f"a {color} circle" for color in COLORS])
+    place = one.token_ids(user_turn("a red circle")).index(one.token_ids(" red")[0])
+    words = torch.nn.functional.normalize(states[:, place], dim=-1)
+    assert (words @ words.T - torch.eye(len(COLORS))).abs().max() < 0.7
+    assert not any(parameter.requires_grad for parameter in one.parameters())
+
+
+def test_a_saved_encoder_opens_to_the_same_states(tmp_path):
+    one = encoder()
+    save_encoder(one, tmp_path / "encoder")
+    loaded = load_encoder(tmp_path / "encoder")
+    assert torch.equal(loaded.encode(PROMPTS)[0], one.encode(PROMPTS)[0])
+    assert (loaded.system_prompt, loaded.max_tokens, loaded.dim) == ("Look.", 64, CONFIG.hidden_size)
+
+
+def test_a_folder_without_weights_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match="encoder.path: .* holds no config.json"):
+        open_qwen3_vl(tmp_path, system_prompt="Look.", max_tokens=64)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="encoder.path: .* cannot be loaded as Qwen3-VL"):
+        open_qwen3_vl(tmp_path, system_prompt="Look.", max_tokens=64)
