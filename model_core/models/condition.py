@@ -7,16 +7,19 @@ of Qwen-Image-2.1). The prompt is put into the chat template with the report's s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from model_core.data.keys import keyed_generator
 from model_core.recipe import Encoder, UserError
 
 transformers_logging.disable_progress_bar()  # its bars would break a step's lines
@@ -152,6 +155,20 @@ def tiny_qwen3_vl(config: Encoder, *, num_tokens: int, seed: int) -> Qwen3VLForC
         )
         nn.init.normal_(model.model.language_model.embed_tokens.weight)
     return model
+
+
+@torch.no_grad()
+def relate_signs(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
+    """Makes capital letters akin to one another, and digits: each sign's embedding becomes (its own + its kind's) / sqrt 2.
+
+    In a trained model they are akin. Among random embeddings nothing tells that A and B are both letters, and a transformer
+    would have to learn for each sign by itself where to look for it.
+    """
+    embeddings = model.model.language_model.embed_tokens.weight
+    for name, signs in (("capital letters", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"), ("digits", "0123456789")):
+        kind = torch.from_numpy(keyed_generator(seed, "signs", name).standard_normal(embeddings.shape[1], dtype=np.float32))
+        ids = [tokenizer.convert_tokens_to_ids(sign) for sign in signs]
+        embeddings[ids] = (embeddings[ids] + kind) / math.sqrt(2)
 
 
 def save_encoder(encoder: ConditionEncoder, folder: Path) -> None:

@@ -19,6 +19,7 @@ from model_core.data.shards import read_rows
 from model_core.models.condition import (
     ConditionEncoder,
     open_qwen3_vl,
+    relate_signs,
     save_encoder,
     system_turn,
     tiny_qwen3_vl,
@@ -38,6 +39,7 @@ def run(context: StepContext) -> dict[str, Any]:
         chats = [system_turn(system_prompt) + user_turn(prompt) for prompt in _prompts(context)]
         tokenizer = train_tokenizer(chats, vocab_size=config.vocab_size)
         model = tiny_qwen3_vl(config, num_tokens=len(tokenizer), seed=context.recipe.seed)
+        relate_signs(model, tokenizer, seed=context.recipe.seed)
         encoder = ConditionEncoder(model, tokenizer, system_prompt=system_prompt, max_tokens=max_tokens)
     save_encoder(encoder, context.output / "encoder")
     return {
