@@ -1,0 +1,119 @@
+"""From prompts to pictures: what the sampler promises whatever the model's skill."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model_core.models.mmdit import MMDiT
+from model_core.models.vae import ResidualVAE
+from model_core.recipe import MMDiTModel, Sampling, VAEModel
+from model_core.sampling.pipeline import sample
+
+CHANNELS, TEXT_DIM, SIZE = 64, 8, (32, 48)
+SAMPLING = Sampling(steps=3, guidance_scale=2.0)
+
+
+class Letters:
+    """A stand-in for the encoder: one token a letter, a fixed state for each."""
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        longest = max(len(prompt or " ") for prompt in prompts)
+        states = torch.zeros(len(prompts), longest, TEXT_DIM)
+        for row, prompt in enumerate(prompts):
+            for place, letter in enumerate(prompt or " "):
+                states[row, place] = torch.randn(TEXT_DIM, generator=torch.Generator().manual_seed(ord(letter)))
+        mask = torch.tensor([[place < len(prompt or " ") for place in range(longest)] for prompt in prompts])
+        return states, mask
+
+
+class Straight(nn.Module):
+    """A perfect model of one picture: its velocity leads from anywhere to the tokens `x0`."""
+
+    latent_channels = CHANNELS
+
+    def __init__(self, x0: Tensor) -> None:
+        super().__init__()
+        self.x0, self.calls = x0, 0
+
+    def forward(self, target: Tensor, t: Tensor, *_: Any, references: Sequence[Any] = ()) -> Tensor:
+        self.calls += 1
+        return (target - self.x0) / t[:, None, None]
+
+
+@pytest.fixture(scope="module")
+def vae() -> ResidualVAE:
+    torch.manual_seed(0)
+    model = ResidualVAE(
+        VAEModel(stem_fold=16, encoder_widths=[16], decoder_widths=[16], encoder_blocks=1, decoder_blocks=1, shortcut="cosine")
+    )
+    model.latent_mean.copy_(torch.randn(CHANNELS))
+    model.latent_std.copy_(torch.rand(CHANNELS) + 0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def mmdit() -> MMDiT:
+    torch.manual_seed(0)
+    model = MMDiT(MMDiTModel(num_layers=1, num_heads=2, head_dim=16, rope_axes=(4, 6, 6)), latent_channels=CHANNELS, text_dim=TEXT_DIM)
+    nn.init.normal_(model.image_out.weight, std=0.2)
+    return model.eval()
+
+
+def draw(mmdit: Any, vae: ResidualVAE, prompts: list[str], seeds: list[int], **changes: Any) -> Tensor:
+    arguments: dict[str, Any] = {"size_px": SIZE, "sampling": SAMPLING} | changes
+    return sample(mmdit, vae, Letters(), prompts, seeds=seeds, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_a_model_that_knows_its_picture_draws_it_in_the_scale_of_the_autoencoder(vae, steps):
+    x0 = 0.3 * torch.randn(1, 6, CHANNELS, generator=torch.Generator().manual_seed(3))
+    drawn = draw(Straight(x0), vae, ["x"], [0], sampling=Sampling(steps=steps, guidance_scale=1.0))
+    grid = x0.transpose(1, 2).unflatten(2, (2, 3))
+    expected = vae.decode(grid * vae.latent_std[:, None, None] + vae.latent_mean[:, None, None]).clamp(-1, 1)
+    assert drawn.shape == (1, 3, *SIZE)
+    assert torch.allclose(drawn, expected, atol=1e-4)
+
+
+def test_guidance_asks_twice_a_step_and_a_scale_of_one_once(vae):
+    for scale, calls in ((1.0, 5), (3.0, 10)):
+        model = Straight(torch.zeros(1, 6, CHANNELS))
+        draw(model, vae, ["x"], [0], sampling=Sampling(steps=5, guidance_scale=scale))
+        assert model.calls == calls
+
+
+def test_the_same_seed_draws_the_same_bits_and_another_seed_another_picture(mmdit, vae):
+    first, again, other = (draw(mmdit, vae, ["red"], [seed]) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert (first - other).abs().mean() > 1e-3
+
+
+def test_a_picture_does_not_depend_on_the_rest_of_its_batch(mmdit, vae):
+    together = draw(mmdit, vae, ["red", "a longer prompt", "red"], [1, 2, 3])
+    assert torch.allclose(draw(mmdit, vae, ["red"], [1]), together[:1], atol=1e-4)
+    assert torch.allclose(draw(mmdit, vae, ["a longer prompt"], [2]), together[1:2], atol=1e-4)
+
+
+def test_prompt_guidance_and_condition_images_all_change_the_picture(mmdit, vae):
+    plain = draw(mmdit, vae, ["red"], [1])
+    images = torch.zeros(1, 3, 16, 32)
+    for other in (
+        draw(mmdit, vae, ["blue"], [1]),
+        draw(mmdit, vae, ["red"], [1], sampling=SAMPLING.model_copy(update={"guidance_scale": 5.0})),
+        draw(mmdit, vae, ["red"], [1], references=[images]),
+        draw(mmdit, vae, ["red"], [1], references=[images, images + 0.5]),
+    ):
+        assert (other - plain).abs().max() > 1e-3
+
+
+def test_the_order_of_two_condition_images_matters(mmdit, vae):
+    first, second = torch.full((1, 3, 16, 16), -0.5), torch.full((1, 3, 16, 16), 0.5)
+    pictures = [draw(mmdit, vae, ["red"], [1], references=order) for order in ([first, second], [second, first])]
+    assert (pictures[0] - pictures[1]).abs().max() > 1e-3
+
+
+def test_a_size_that_16_does_not_divide_is_refused(mmdit, vae):
+    with pytest.raises(ValueError, match=r"\(40, 48\) is not a multiple of 16"):
+        draw(mmdit, vae, ["red"], [1], size_px=(40, 48))
