@@ -67,7 +67,7 @@ WRONG_RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a resolution that no latent fits": (recipe_with("mmdit.stages.S1.resolution_px", 100), ("resolution_px", "multiples of 16")),
     "a crop that no latent fits": (recipe_with("vae.crop_px", 50), ("vae.crop_px", "multiples of 16")),
     "rotary axes that do not fill the head": (recipe_with("mmdit.model.rope_axes", [4, 4, 2]), ("rope_axes", "head_dim 12")),
-    "heads that do not divide the width": (recipe_with("encoder.num_heads", 3), ("hidden_size 128", "num_heads 3")),
+    "heads that do not divide the width": (recipe_with("encoder.num_heads", 3), ("hidden_size 256", "num_heads 3")),
     "levels that do not compress by 16": (recipe_with("vae.model.encoder_widths", [8, 8]), ("encoder_widths has 2 levels",)),
     "an unknown source": (recipe_with("data.sources", ["ftp://host/photos"]), ("data.sources", "ftp://host/photos", "file:///FOLDER")),
     "an unknown synthetic source": (recipe_with("data.sources", ["synthetic://cats"]), ("synthetic://cats",)),
