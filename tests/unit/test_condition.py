@@ -8,6 +8,7 @@ from model_core.models.condition import (
     last_states,
     load_encoder,
     open_qwen3_vl,
+    relate_signs,
     save_encoder,
     system_turn,
     tiny_qwen3_vl,
@@ -95,6 +96,24 @@ def test_words_that_differ_have_states_that_differ_and_nothing_is_trained():
     words = torch.nn.functional.normalize(states[:, place], dim=-1)
     assert (words @ words.T - torch.eye(len(COLORS))).abs().max() < 0.7
     assert not any(parameter.requires_grad for parameter in one.parameters())
+
+
+def test_letters_are_made_akin_to_letters_and_digits_to_digits_and_nothing_else_is_touched():
+    plain, related = encoder(), encoder()
+    relate_signs(related.model, related.tokenizer, seed=0)
+    before, after = (one.model.model.language_model.embed_tokens.weight for one in (plain, related))
+    letters, digits = (related.tokenizer.convert_tokens_to_ids(list(signs)) for signs in ("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"))
+    unit = torch.nn.functional.normalize(after, dim=-1)
+
+    def alike(first: list[int], second: list[int]) -> float:
+        cosines = unit[first] @ unit[second].T
+        return float(cosines[cosines < 0.999].mean())
+
+    assert alike(letters, letters) == pytest.approx(0.5, abs=0.15)
+    assert alike(digits, digits) == pytest.approx(0.5, abs=0.15)
+    assert alike(letters, digits) == pytest.approx(0.0, abs=0.3)
+    rest = [index for index in range(len(before)) if index not in {*letters, *digits}]
+    assert torch.equal(before[rest], after[rest])
 
 
 def test_a_saved_encoder_opens_to_the_same_states(tmp_path):
