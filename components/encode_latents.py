@@ -1,7 +1,5 @@
 """The component of the step encode_latents; what it does is in model_core/steps/encode_latents.py."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Model, Output
 
@@ -10,8 +8,8 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
 def encode_latents(
-    recipe: dict[str, Any],
-    site: dict[str, Any],
+    recipe: str,
+    site: str,
     run: str,
     stage: str,
     kept: Input[Dataset],
@@ -25,8 +23,8 @@ def encode_latents(
     """Encodes a stage's images to latents, in buckets of equal shape, with their captions beside them.
 
     Args:
-        recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).
-        site: Where to run: the whole site as a mapping (model_core/site.py).
+        recipe: What to train: the whole recipe as JSON text (model_core/recipe.py).
+        site: Where to run: the whole site as JSON text (model_core/site.py).
         run: Name of the run that this step belongs to.
         stage: Stage of the curriculum, as named under mmdit.stages in the recipe.
         kept: Manifest of filter_images of the same stage: what passed its filters.

@@ -1,7 +1,5 @@
 """The component of the step filter_images; what it does is in model_core/steps/filter_images.py."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Output
 
@@ -10,8 +8,8 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
 def filter_images(
-    recipe: dict[str, Any],
-    site: dict[str, Any],
+    recipe: str,
+    site: str,
     run: str,
     stage: str,
     images: Input[Dataset],
@@ -23,8 +21,8 @@ def filter_images(
     """Decides which rows a stage of the curriculum keeps, and counts what each filter takes away.
 
     Args:
-        recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).
-        site: Where to run: the whole site as a mapping (model_core/site.py).
+        recipe: What to train: the whole recipe as JSON text (model_core/recipe.py).
+        site: Where to run: the whole site as JSON text (model_core/site.py).
         run: Name of the run that this step belongs to.
         stage: Stage of the curriculum, as named under mmdit.stages in the recipe.
         images: Manifest of ingest_images: raw image shards.

@@ -1,7 +1,5 @@
 """The component of the step ingest_images; what it does is in model_core/steps/ingest_images.py."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import Dataset, Output
 
@@ -10,16 +8,16 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
 def ingest_images(
-    recipe: dict[str, Any],
-    site: dict[str, Any],
+    recipe: str,
+    site: str,
     run: str,
     manifest: Output[Dataset],
 ) -> None:
     """Reads the recipe's sources into raw shards: images with captions, sizes, perceptual hashes, provenance and licences.
 
     Args:
-        recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).
-        site: Where to run: the whole site as a mapping (model_core/site.py).
+        recipe: What to train: the whole recipe as JSON text (model_core/recipe.py).
+        site: Where to run: the whole site as JSON text (model_core/site.py).
         run: Name of the run that this step belongs to.
         manifest: Where the manifest of the result goes. Raw image shards.
     """

@@ -1,7 +1,5 @@
 """The component of the step publish_report; what it does is in model_core/steps/publish_report.py."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Input, Model, Output
 
@@ -10,8 +8,8 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
 def publish_report(
-    recipe: dict[str, Any],
-    site: dict[str, Any],
+    recipe: str,
+    site: str,
     run: str,
     model: Input[Model],
     vae: Input[Model],
@@ -23,8 +21,8 @@ def publish_report(
     """Writes the run's report: steps with time and reuse, curves, samples, edits, reconstructions and scores.
 
     Args:
-        recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).
-        site: Where to run: the whole site as a mapping (model_core/site.py).
+        recipe: What to train: the whole recipe as JSON text (model_core/recipe.py).
+        site: Where to run: the whole site as JSON text (model_core/site.py).
         run: Name of the run that this step belongs to.
         model: Manifest of train_mmdit of the last stage.
         vae: Manifest of train_vae: the autoencoder's weights.

@@ -1,7 +1,5 @@
 """The component of the step register_model; what it does is in model_core/steps/register_model.py."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Model, Output
 
@@ -10,8 +8,8 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
 def register_model(
-    recipe: dict[str, Any],
-    site: dict[str, Any],
+    recipe: str,
+    site: str,
     run: str,
     model: Input[Model],
     vae: Input[Model],
@@ -22,8 +20,8 @@ def register_model(
     """Registers the trained model with its parts and scores under the recipe's name and alias.
 
     Args:
-        recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).
-        site: Where to run: the whole site as a mapping (model_core/site.py).
+        recipe: What to train: the whole recipe as JSON text (model_core/recipe.py).
+        site: Where to run: the whole site as JSON text (model_core/site.py).
         run: Name of the run that this step belongs to.
         model: Manifest of train_mmdit of the last stage.
         vae: Manifest of train_vae: the autoencoder's weights.

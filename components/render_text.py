@@ -1,7 +1,5 @@
 """The component of the step render_text; what it does is in model_core/steps/render_text.py."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Output
 
@@ -10,8 +8,8 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
 def render_text(
-    recipe: dict[str, Any],
-    site: dict[str, Any],
+    recipe: str,
+    site: str,
     run: str,
     images: Input[Dataset],
     manifest: Output[Dataset],
@@ -19,8 +17,8 @@ def render_text(
     """Draws synthetic text images: pure paragraphs, text in a scene, filled templates.
 
     Args:
-        recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).
-        site: Where to run: the whole site as a mapping (model_core/site.py).
+        recipe: What to train: the whole recipe as JSON text (model_core/recipe.py).
+        site: Where to run: the whole site as JSON text (model_core/site.py).
         run: Name of the run that this step belongs to.
         images: Manifest of ingest_images: raw image shards.
         manifest: Where the manifest of the result goes. Shards of text images.

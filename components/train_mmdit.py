@@ -1,7 +1,5 @@
 """The component of the step train_mmdit; what it does is in model_core/steps/train_mmdit.py."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Model, Output
 
@@ -10,8 +8,8 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
 def train_mmdit(
-    recipe: dict[str, Any],
-    site: dict[str, Any],
+    recipe: str,
+    site: str,
     run: str,
     stage: str,
     latents: Input[Dataset],
@@ -22,8 +20,8 @@ def train_mmdit(
     """Trains the single-stream transformer for one stage of the curriculum, on text-to-image and editing in one stream.
 
     Args:
-        recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).
-        site: Where to run: the whole site as a mapping (model_core/site.py).
+        recipe: What to train: the whole recipe as JSON text (model_core/recipe.py).
+        site: Where to run: the whole site as JSON text (model_core/site.py).
         run: Name of the run that this step belongs to.
         stage: Stage of the curriculum, as named under mmdit.stages in the recipe.
         latents: Manifest of encode_latents of the same stage: latent shards in buckets.

@@ -1,7 +1,5 @@
 """The component of the step train_vae; what it does is in model_core/steps/train_vae.py."""
 
-from typing import Any
-
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Model, Output
 
@@ -10,8 +8,8 @@ from components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
 def train_vae(
-    recipe: dict[str, Any],
-    site: dict[str, Any],
+    recipe: str,
+    site: str,
     run: str,
     kept: Input[Dataset],
     images: Input[Dataset],
@@ -22,8 +20,8 @@ def train_vae(
     """Trains the f16c64 residual autoencoder, and scores its reconstructions on held-out images.
 
     Args:
-        recipe: What to train: the whole recipe as a mapping (model_core/recipe.py).
-        site: Where to run: the whole site as a mapping (model_core/site.py).
+        recipe: What to train: the whole recipe as JSON text (model_core/recipe.py).
+        site: Where to run: the whole site as JSON text (model_core/site.py).
         run: Name of the run that this step belongs to.
         kept: Manifest of filter_images of the first stage: what passed its filters.
         images: Manifest of ingest_images: raw image shards.

@@ -300,7 +300,7 @@ class Recipe(Section):
     """One document: everything that decides what comes out, and nothing about where."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=40)
-    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0  # exact as a JSON number, which is how a pipeline passes it
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0  # exact in every reader of JSON
     data: Data = Data()
     text_images: TextImages = TextImages()
     edits: Edits = Edits()

@@ -21,7 +21,6 @@ from kfp import local
 
 from components.launch import CONFIGURATION, FAILURE_FILE
 from components.launch.local import ALIVE_FILE, RUN_FOLDER
-from components.launch.parameters import to_parameter
 from model_core.evaluation.report import write_report
 from model_core.recipe import Recipe, UserError
 from model_core.run_record import RunRecord, check_run_name, write_run
@@ -60,7 +59,7 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # kfp.local warns of each setting that only a cluster has
         local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "kfp"))
-        arguments = {"recipe": to_parameter(recipe.model_dump(mode="json")), "site": to_parameter(site.model_dump(mode="json")), "run": run}
+        arguments = {"recipe": recipe.model_dump_json(), "site": site.model_dump_json(), "run": run}
         try:
             with redirect_stdout(lines):
                 pipeline(**arguments)

@@ -26,10 +26,11 @@ def training_pipeline(stages: Sequence[str], *, image: str) -> GraphComponent:
     """The DAG for a curriculum of `stages`, every step in `image`, as a compiled Kubeflow pipeline.
 
     Its shape depends on the stages alone. The recipe and the site are arguments of a run, so a changed learning rate
-    makes no new pipeline version. Kubeflow caches no step: the workspace's keys decide what need not run again.
+    makes no new pipeline version; they travel as JSON text, since Kubeflow's own mappings (protobuf Struct) keep neither
+    order nor integers. Kubeflow caches no step: the workspace's keys decide what need not run again.
     """
 
-    def wire(recipe: dict[str, Any], site: dict[str, Any], run: str) -> None:
+    def wire(recipe: str, site: str, run: str) -> None:
         common = {"recipe": recipe, "site": site, "run": run}
 
         def step(component: Any, stage: str | None = None, **inputs: Any) -> Any:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from components.launch.local import INFRASTRUCTURE, RUN_FOLDER, Outcome, run_process
-from components.launch.parameters import from_parameter
 
 CONFIGURATION, FAILED = 10, 30  # exit codes of `python -m model_core`
 MEANINGS = {
@@ -45,8 +44,8 @@ class MetricSink(Protocol):
 def run_step(
     step: str,
     *,
-    recipe: Mapping[str, Any],
-    site: Mapping[str, Any],
+    recipe: str,
+    site: str,
     run: str,
     inputs: Mapping[str, str | None],
     output: str,
@@ -56,20 +55,20 @@ def run_step(
 ) -> None:
     """Runs one step to its end: afterwards its manifest lies at `output`.
 
-    `inputs` are paths of manifests by name; None stands for an optional one that is absent. The numbers among the
-    result's statistics go to `metrics`, its report.html to the file `page`. Raises StepError when the step fails.
+    `recipe` and `site` are documents as JSON text. `inputs` are paths of manifests by name; None stands for an optional
+    one that is absent. The numbers among the result's statistics go to `metrics`, its report.html to the file `page`.
+    Raises StepError when the step fails.
     """
     label = step if stage is None else f"{step}-{stage}"
-    recipe, site = from_parameter(recipe), from_parameter(site)
     with tempfile.TemporaryDirectory(prefix=f"darkroom-{label}-") as folder:
         recipe_path, site_path = Path(folder, "recipe.yaml"), Path(folder, "site.yaml")
-        recipe_path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
-        site_path.write_text(json.dumps(site), encoding="utf-8")
+        recipe_path.write_text(recipe, encoding="utf-8")  # JSON is YAML
+        site_path.write_text(site, encoding="utf-8")
         argv = [sys.executable, "-m", "model_core", step, "--recipe", str(recipe_path), "--site", str(site_path), "--run", run]
         argv += [] if stage is None else ["--stage", stage]
         for name, path in inputs.items():
             argv += [] if path is None else ["--input", f"{name}={path}"]
-        outcome = scheduler(site, step)([*argv, "--output", output], label)
+        outcome = scheduler(json.loads(site), step)([*argv, "--output", output], label)
     if outcome.code != 0:
         what = f"{label} {meaning(outcome)}"
         _tell_run(code=outcome.code, what=what, reason=outcome.tail[-1] if outcome.tail else "it said nothing")
@@ -79,7 +78,7 @@ def run_step(
             if isinstance(value, int | float) and not isinstance(value, bool):
                 metrics.log_metric(name, float(value))
     if page is not None:
-        _copy_page(site, output, page)
+        _copy_page(json.loads(site), output, page)
 
 
 def scheduler(site: Mapping[str, Any], step: str) -> Scheduler:
@@ -109,10 +108,10 @@ def _tell_run(**failure: Any) -> None:
         Path(folder, FAILURE_FILE).write_text(json.dumps(failure), encoding="utf-8")
 
 
-def _copy_page(site: Mapping[str, Any], output: str, page: str) -> None:
+def _copy_page(site: dict[str, Any], output: str, page: str) -> None:
     from model_core.manifest import parse_manifest
     from model_core.site import parse_site
     from model_core.workspace import InputFolder
 
-    result = InputFolder(parse_manifest(Path(output).read_bytes(), output), site=parse_site(dict(site), "site"))
+    result = InputFolder(parse_manifest(Path(output).read_bytes(), output), site=parse_site(site, "site"))
     Path(page).write_bytes(result.path("report.html").read_bytes())

@@ -104,9 +104,8 @@ def draw_prompt(shard: LatentShard, row: int, draws: Draws, generator: np.random
         return ""
     if shard.kinds[row] == "edit":
         return shard.prompts["instruction"][row]
-    present = {name: weight for name, weight in draws.caption_weights.items() if weight > 0 and shard.prompts[name][row]}
-    edges = np.cumsum(list(present.values()))
-    names = list(present)
+    names = sorted(name for name, weight in draws.caption_weights.items() if weight > 0 and shard.prompts[name][row])
+    edges = np.cumsum([draws.caption_weights[name] for name in names])
     return shard.prompts[names[int(np.searchsorted(edges, choice * edges[-1], side="right"))]][row] if names else ""
 
 

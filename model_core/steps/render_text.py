@@ -46,7 +46,7 @@ def run(context: StepContext) -> dict[str, Any]:
 def _rows(context: StepContext, dropped: Skipped, modes: dict[str, int]) -> Iterator[RawRow]:
     config, seed = context.recipe.text_images, context.recipe.seed
     backgrounds = _backgrounds(context) if config.num_images and config.modes.get("compositional") else []
-    weights = {mode: weight for mode, weight in config.modes.items() if weight > 0 and (mode != "compositional" or backgrounds)}
+    weights = {mode: weight for mode, weight in sorted(config.modes.items()) if weight > 0 and (mode != "compositional" or backgrounds)}
     shares = np.array(list(weights.values())) / sum(weights.values()) if weights else np.zeros(0)
     for index in range(config.num_images if weights else 0):
         generator = keyed_generator(seed, "text image", index)

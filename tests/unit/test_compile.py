@@ -40,6 +40,12 @@ def test_kubeflow_loads_the_compiled_dag(compiled: Path) -> None:
     assert set(loaded.component_spec.inputs) == {"recipe", "site", "run"}
 
 
+def test_recipe_and_site_travel_as_text_so_that_nothing_reorders_the_curriculum(compiled: Path) -> None:
+    """A protobuf Struct, which carries Kubeflow's mappings, iterates in another order in every process."""
+    parameters = yaml.safe_load(compiled.read_text())["root"]["inputDefinitions"]["parameters"]
+    assert {name: parameters[name]["parameterType"] for name in parameters} == {"recipe": "STRING", "site": "STRING", "run": "STRING"}
+
+
 def test_six_stages_stay_within_the_size_budget(tmp_path: Path) -> None:
     compile_training([f"S{number}" for number in range(1, 7)], image="image", output=tmp_path / "six.yaml")
     assert (tmp_path / "six.yaml").stat().st_size < 200_000

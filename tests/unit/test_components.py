@@ -21,7 +21,6 @@ import pytest
 
 from components.launch import INFRASTRUCTURE, SCHEDULERS, StepError, run_step
 from components.launch.local import ALIVE_FILE, LINE_MARK, RUN_FOLDER, is_alive
-from components.launch.parameters import from_parameter, to_parameter
 from model_core.steps.registry import STEPS
 
 # Stands where `python -m model_core` looks first: it says what it was given, and ends as it was told.
@@ -82,7 +81,7 @@ def test_component_passes_its_inputs_to_the_step_of_its_name(name: str, fake_ste
     if name == "evaluate_model":
         arguments["scores"] = FakeArtifact("scores")
     output = FakeArtifact(str(fake_step / "manifest.json"))
-    component(name).python_func(recipe={"name": "x"}, site={}, run="r", manifest=output, **arguments)
+    component(name).python_func(recipe='{"name": "x"}', site="{}", run="r", manifest=output, **arguments)
     given = json.loads(Path(output.path).read_text())
     assert given["step"] == name
     assert given["stage"] == ("S1" if spec.staged else None)
@@ -103,25 +102,18 @@ def test_component_takes_what_its_step_takes_and_explains_each_argument(name: st
 def test_optional_input_is_passed_on_when_it_is_there(fake_step: Path) -> None:
     inputs = {key: FakeArtifact(f"{key}.json") for key in ("latents", "encoder", "previous")}
     output = FakeArtifact(str(fake_step / "manifest.json"))
-    component("train_mmdit").python_func(recipe={}, site={}, run="r", stage="S2", manifest=output, **inputs)
+    component("train_mmdit").python_func(recipe="{}", site="{}", run="r", stage="S2", manifest=output, **inputs)
     assert "previous=previous.json" in json.loads(Path(output.path).read_text())["input"]
 
 
 def test_numbers_of_the_result_become_metrics(fake_step: Path) -> None:
     scores = FakeArtifact("")
-    run_step("evaluate_model", recipe={}, site={}, run="r", inputs={}, output=str(fake_step / "m.json"), metrics=scores)
+    run_step("evaluate_model", recipe="{}", site="{}", run="r", inputs={}, output=str(fake_step / "m.json"), metrics=scores)
     assert scores.metadata == {"vae/psnr": 27.5, "rows": 8.0}
 
 
-def test_documents_survive_the_way_through_kubeflow() -> None:
-    document = {"lr": 1e-5, "weight": 2.0, "steps": 300, "path": None, "list": [None, {"deep": None}], "on": True, "name": "a'b\"c"}
-    as_kubeflow_stores_it = json.loads(json.dumps(to_parameter(document)), parse_int=float)
-    assert from_parameter(as_kubeflow_stores_it) == document
-    assert isinstance(from_parameter(as_kubeflow_stores_it)["steps"], int)
-
-
 def test_every_line_is_forwarded_in_order(fake_step: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_step("train_vae", recipe={"num_lines": 100}, site={}, run="r", inputs={}, output=str(fake_step / "m.json"))
+    run_step("train_vae", recipe='{"num_lines": 100}', site="{}", run="r", inputs={}, output=str(fake_step / "m.json"))
     assert capsys.readouterr().out.splitlines() == [*(f"line {number}" for number in range(100)), "to stderr"]
 
 
@@ -136,20 +128,20 @@ def test_every_line_is_forwarded_in_order(fake_step: Path, capsys: pytest.Captur
 )
 def test_exit_code_becomes_an_error_that_says_what_it_means(code: int, words: str, fake_step: Path) -> None:
     with pytest.raises(StepError, match="to stderr") as caught:
-        run_step("train_vae", recipe={"code": code}, site={}, run="r", stage="S1", inputs={}, output="m.json")
+        run_step("train_vae", recipe=json.dumps({"code": code}), site="{}", run="r", stage="S1", inputs={}, output="m.json")
     assert words in str(caught.value)
     assert caught.value.code == code
 
 
 def test_unknown_scheduler_is_refused_with_those_there_are() -> None:
     with pytest.raises(StepError, match=", ".join(SCHEDULERS)):
-        run_step("train_vae", recipe={}, site={"launch": {"default": {"scheduler": "slurm"}}}, run="r", inputs={}, output="m.json")
+        run_step("train_vae", recipe="{}", site='{"launch": {"default": {"scheduler": "slurm"}}}', run="r", inputs={}, output="m.json")
 
 
 def start_launcher(folder: Path, *, run_folder: Path | None = None, recipe: dict[str, Any]) -> subprocess.Popen[str]:
     code = f"""
     import components.launch
-    components.launch.run_step("train_vae", recipe={recipe!r}, site={{}}, run="r", inputs={{}}, output="m.json")
+    components.launch.run_step("train_vae", recipe={json.dumps(recipe)!r}, site="{{}}", run="r", inputs={{}}, output="m.json")
     """
     env = {**os.environ, **({RUN_FOLDER: str(run_folder)} if run_folder else {})}
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=folder, env=env, stderr=subprocess.PIPE, text=True)
@@ -217,7 +209,7 @@ def test_lines_are_marked_for_darkroom_run_and_a_failure_is_told(
         fcntl.flock(stream, fcntl.LOCK_EX)
         monkeypatch.setenv(RUN_FOLDER, str(fake_step))
         with pytest.raises(StepError):
-            run_step("train_vae", recipe={"code": INFRASTRUCTURE}, site={}, run="r", stage="S1", inputs={}, output="m.json")
+            run_step("train_vae", recipe=json.dumps({"code": INFRASTRUCTURE}), site="{}", run="r", stage="S1", inputs={}, output="m.json")
     assert capsys.readouterr().out.splitlines()[0] == f"{LINE_MARK}train_vae-S1{LINE_MARK}line 0"
     told = json.loads((fake_step / "failure.json").read_text())
     assert told["code"] == INFRASTRUCTURE

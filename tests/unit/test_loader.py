@@ -1,5 +1,7 @@
 """Latent shards and batches: exact bytes, keyed draws that no restart or batch size changes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -27,10 +29,10 @@ def shard(num: int, *, references: int = 0, kind: str = "image", shape=(2, 3), s
     )
 
 
-def loader(shards, *, batch_size=6, kinds=("image", "edit")) -> Loader:
+def loader(shards, *, batch_size=6, kinds=("image", "edit"), draws=DRAWS) -> Loader:
     rows = LatentRows(shards, kinds)
     plan = make_plan(seed=3, stage="S2", sizes=rows.sizes, shares={"image": 0.5, "edit": 0.5}, batch_size=batch_size)
-    return Loader(rows, plan, DRAWS)
+    return Loader(rows, plan, draws)
 
 
 def test_a_shard_reads_back_as_it_was_written_and_equal_shards_are_equal_bytes(tmp_path):
@@ -101,6 +103,12 @@ def test_prompts_are_dropped_captioned_and_instructed_in_their_shares():
     assert share["change"] == pytest.approx(0.45, abs=0.03)
     assert share["general"] == pytest.approx(0.225, abs=0.03)
     assert sum(prompt == "" for prompt in prompts) / len(prompts) == pytest.approx(0.1, abs=0.03)
+
+
+def test_prompts_do_not_depend_on_the_order_in_which_the_recipe_lists_its_caption_types():
+    backwards = dataclasses.replace(DRAWS, caption_weights=dict(reversed(DRAWS.caption_weights.items())))
+    drawn = [[micro.prompts for number in range(20) for micro in loader([shard(40)], draws=it).batch(number)] for it in (DRAWS, backwards)]
+    assert drawn[0] == drawn[1]
 
 
 def test_times_follow_the_logit_normal_distribution():
