@@ -63,10 +63,13 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
         try:
             with redirect_stdout(lines):
                 pipeline(**arguments)
+        except Stopped:
+            _report_failure(run, workspace, say)
+            raise
         except RuntimeError as error:
+            _report_failure(run, workspace, say)
             raise _failure(folder, lines, error) from None
-        finally:
-            write_report(run, workspace)  # of a run that failed, too
+        write_report(run, workspace)
     return run
 
 
@@ -136,6 +139,14 @@ def _tracking(site: Site) -> Iterator[None]:
         process.terminate()  # to it, this means: send what is left, then end
         if is_patient:
             process.wait()
+
+
+def _report_failure(run: str, workspace: Workspace, say: Callable[[str], None]) -> None:
+    """Writes the report of a run that has failed; what hinders that is said, and never takes the place of why the run failed."""
+    try:
+        write_report(run, workspace)
+    except (OSError, StorageError, UserError) as error:
+        say(f"no report: {error}")
 
 
 def _failure(folder: Path, lines: StepLines, error: RuntimeError) -> Exception:
