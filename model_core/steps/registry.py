@@ -46,7 +46,13 @@ STEPS: dict[str, StepSpec] = {
             staged=True,
         ),
         StepSpec(name="caption_images", version=1, sections=("seed", "captions"), inputs=("kept", *RAW), kind="dataset"),
-        StepSpec(name="prepare_encoder", version=1, sections=("seed", "encoder"), inputs=("captions", "edits"), kind="model"),
+        StepSpec(
+            name="prepare_encoder",
+            version=1,
+            sections=("seed", "encoder", "captions.max_tokens"),
+            inputs=("captions", "edits"),
+            kind="model",
+        ),
         StepSpec(name="train_vae", version=1, sections=("seed", "vae"), inputs=("kept", *RAW), kind="model"),
         StepSpec(
             name="encode_latents",
@@ -80,7 +86,7 @@ STEPS: dict[str, StepSpec] = {
         StepSpec(
             name="evaluate_model",
             version=1,
-            sections=("seed", "evaluation", "sampling", "data.scenes"),
+            sections=("seed", "evaluation", "sampling", "data.scenes", "mmdit.stages"),
             inputs=("model", "vae", "encoder", "captions", "images", "edits"),
             kind="evaluation",
         ),

@@ -30,7 +30,7 @@ class Optimizer:
         self, model: nn.Module, *, lr: float, warmup_steps: int, betas: tuple[float, float], weight_decay: float, grad_clip: float
     ) -> None:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._adamw = torch.optim.AdamW(decay_groups(self._parameters, weight_decay=weight_decay), lr=lr, betas=betas, foreach=True)
+        self._adamw = torch.optim.AdamW(decay_groups(self._parameters, weight_decay=weight_decay), lr=lr, betas=betas, fused=True)
         self._lr, self._warmup_steps, self._grad_clip = lr, warmup_steps, grad_clip
 
     def step(self, step: int) -> Tensor:
