@@ -111,4 +111,4 @@ def draw_prompt(shard: LatentShard, row: int, draws: Draws, generator: np.random
 
 def tokens(latents: np.ndarray) -> Tensor:
     """(B, C, h, w) latents as (B, h w, C) tokens, row by row."""
-    return torch.from_numpy(np.ascontiguousarray(latents)).flatten(2).transpose(1, 2).contiguous()
+    return torch.from_numpy(np.array(latents, order="C")).flatten(2).transpose(1, 2).contiguous()

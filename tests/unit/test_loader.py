@@ -68,6 +68,14 @@ def test_tokens_are_the_places_of_a_latent_row_by_row():
     assert torch.equal(tokens(latents)[1, 4], torch.from_numpy(latents[1, :, 1, 1]))
 
 
+@pytest.mark.filterwarnings("error")
+def test_tokens_of_a_read_only_latent_are_a_copy():
+    latents = np.zeros((1, 4, 2, 3), dtype=np.float32)
+    latents.flags.writeable = False
+    tokens(latents).fill_(1.0)
+    assert not latents.any()
+
+
 def test_a_batch_holds_its_samples_split_by_shape_and_never_a_held_out_one():
     shards = [shard(8), shard(8, shape=(3, 2), salt=1), shard(8, references=1, kind="edit", salt=2)]
     for number in range(6):
