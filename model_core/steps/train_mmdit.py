@@ -22,6 +22,7 @@ from model_core.data.plan import make_plan
 from model_core.models.condition import ConditionEncoder, load_encoder
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
+from model_core.training.checkpoint import Stateful, states_of
 from model_core.training.curves import Curves
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
@@ -55,7 +56,8 @@ def run(context: StepContext) -> dict[str, Any]:
         grad_clip=recipe.grad_clip,
     )
     curves = Curves("loss", "grad_norm")
-    first = _resume(context, model=model, ema=ema, optimizer=optimizer, curves=curves)
+    stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
+    first = context.checkpoints.restore(stateful)
 
     began, data_seconds = time.monotonic(), 0.0
     for step in range(first, stage.steps):
@@ -71,13 +73,7 @@ def run(context: StepContext) -> dict[str, Any]:
             point = curves.close(done)
             context.tracker.metrics({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"]}, step=done)
         if done % recipe.checkpoint_every_steps == 0 and done < stage.steps:
-            state = {
-                "model": model.state_dict(),
-                "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "curves": curves.state_dict(),
-            }
-            context.checkpoints.save(done, state)
+            context.checkpoints.save(done, states_of(stateful))
         context.progress.update(done, stage.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
 
@@ -112,18 +108,6 @@ def _initial_model(context: StepContext, *, latent_channels: int, text_dim: int)
         return load_mmdit(Path(context.recipe.mmdit.path))
     torch.manual_seed(context.recipe.seed)  # modules draw their initial weights from the global generator
     return MMDiT(context.recipe.mmdit.model, latent_channels=latent_channels, text_dim=text_dim)
-
-
-def _resume(context: StepContext, *, model: nn.Module, ema: nn.Module, optimizer: Optimizer, curves: Curves) -> int:
-    """Takes up the newest checkpoint; returns the first step that is left to do."""
-    found = context.checkpoints.latest()
-    if found is None:
-        return 0
-    step, state = found
-    for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (curves, "curves")):
-        part.load_state_dict(state[name])
-    context.progress.say(f"resumed after step {step}")
-    return step
 
 
 def _publish(

@@ -28,6 +28,7 @@ from model_core.models.teacher import OrientedEdges
 from model_core.models.vae import ResidualVAE, load_vae, save_vae
 from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss
 from model_core.recipe import VAE, UserError
+from model_core.training.checkpoint import Stateful, states_of
 from model_core.training.curves import Curves
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
@@ -56,7 +57,8 @@ def run(context: StepContext) -> dict[str, Any]:
         model, lr=config.lr, warmup_steps=config.warmup_steps, betas=BETAS, weight_decay=config.weight_decay, grad_clip=config.grad_clip
     )
     curves = Curves("loss", "l1", "mse", "edge", "align", "grad_norm")
-    first = _resume(context, model=model, ema=ema, optimizer=optimizer, curves=curves)
+    stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
+    first = context.checkpoints.restore(stateful)
 
     began, batch_seconds = time.monotonic(), 0.0
     for step in range(first, config.steps):
@@ -73,8 +75,7 @@ def run(context: StepContext) -> dict[str, Any]:
             point = curves.close(done)
             context.tracker.metrics({f"train/{name}": value for name, value in point.items() if name != "step"}, step=done)
         if done % config.checkpoint_every_steps == 0 and done < config.steps:
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            context.checkpoints.save(done, state | {"curves": curves.state_dict()})
+            context.checkpoints.save(done, states_of(stateful))
         context.progress.update(done, config.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
 
@@ -151,18 +152,6 @@ def _read_pictures(context: StepContext) -> tuple[list[bytes], list[RawRow]]:
 def _initial_vae(config: VAE) -> ResidualVAE:
     """The VAE at `vae.path`, or a fresh one."""
     return ResidualVAE(config.model) if config.path is None else load_vae(Path(config.path)).train()
-
-
-def _resume(context: StepContext, *, model: nn.Module, ema: nn.Module, optimizer: Optimizer, curves: Curves) -> int:
-    """Takes up the newest checkpoint; returns the first step that is left to do."""
-    found = context.checkpoints.latest()
-    if found is None:
-        return 0
-    step, state = found
-    for part, name in ((model, "model"), (ema, "ema"), (optimizer, "optimizer"), (curves, "curves")):
-        part.load_state_dict(state[name])
-    context.progress.say(f"resumed after step {step}")
-    return step
 
 
 def _publish(context: StepContext, *, ema: ResidualVAE, pictures: list[bytes], held_out: list[RawRow], curves: Curves) -> dict[str, Any]:

@@ -9,12 +9,27 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from model_core.storage import ConflictError, NotFoundError, Storage
 
 KEEP = 2  # the newest, and one more for the case that the newest is damaged
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds by name: a model, an optimizer, curves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that must be known to go on."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Takes up what `state_dict` gave."""
+
+
+def states_of(parts: Mapping[str, Stateful]) -> dict[str, Any]:
+    """The state of each part, by its name."""
+    return {name: part.state_dict() for name, part in parts.items()}
 
 
 class CheckpointStore:
@@ -53,6 +68,17 @@ class CheckpointStore:
             # Only bytes that match our own commit get here, and weights_only admits tensors and plain containers alone.
             return step, torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return None
+
+    def restore(self, parts: Mapping[str, Stateful]) -> int:
+        """Loads the newest valid checkpoint into `parts`, each by its name; returns its step, which is 0 when there is none."""
+        found = self.latest()
+        if found is None:
+            return 0
+        step, state = found
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        self._say(f"resumed after step {step}")
+        return step
 
     def clear(self) -> None:
         """Removes all checkpoints: the step's result is committed."""
