@@ -45,9 +45,10 @@ def card(run: str, site: Site, *, site_name: str, as_json: bool) -> RenderableTy
         return {**told, "steps": [asdict(step) for step in steps], "metrics": report["metrics"], "warnings": report["warnings"]}
     parts: list[RenderableType] = [Text(f"\n{run}", style="bold"), step_table(steps)]
     option = "" if site_name == DEFAULT_SITE else f" --site {site_name}"
+    prompt = "a red circle on the left with the text A7" if "judge/mean" in report["metrics"] else "words as in your captions"
     after = [
         f"report   {uri}",
-        f'draw     darkroom sample {run}{option} "a red circle on the left with the text A7" --seed 1',
+        f'draw     darkroom sample {run}{option} "{prompt}" --seed 1',
         f"history  darkroom ui{option}",
     ]
     warnings = [Text(f"warning  {warning}", style="yellow") for warning in report["warnings"]]
