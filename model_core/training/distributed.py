@@ -1,0 +1,81 @@
+"""The processes of one training step: who is who, and what they tell each other. One process needs no process group.
+
+Models know nothing of this: gradients are summed from outside, after the backward pass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its step. `local_*` count those of its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that claims, reports and commits."""
+        return self.rank == 0
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks in order, on every rank. All must call it."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Value | None) -> Value:
+        """Rank 0's value on every rank. All must call it."""
+        return self.gather(value)[0]  # type: ignore[return-value]
+
+    def share(self, num: int) -> range:
+        """Which of `num` things are this rank's: contiguous, and sizes differ by at most one."""
+        return range(self.rank * num // self.size, (self.rank + 1) * num // self.size)
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Joins the process group that torchrun's environment describes, and leaves it; without one, this process is alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks()
+        return
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield Ranks(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_gradients(parameters: Iterable[Any], ranks: Ranks) -> None:
+    """Adds up the gradients of all ranks, in one message; a parameter without a gradient counts as zero."""
+    if ranks.size == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.reshape(-1) for parameter in trained])
+    dist.all_reduce(flat)
+    for parameter, part in zip(trained, flat.split([parameter.numel() for parameter in trained]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
