@@ -15,6 +15,7 @@ def encode_latents(
     kept: Input[Dataset],
     captions: Input[Dataset],
     vae: Input[Model],
+    encoder: Input[Model],
     images: Input[Dataset],
     text_images: Input[Dataset],
     edits: Input[Dataset],
@@ -30,6 +31,7 @@ def encode_latents(
         kept: Manifest of filter_images of the same stage: what passed its filters.
         captions: Manifest of caption_images: four captions for every kept image.
         vae: Manifest of train_vae: the autoencoder's weights.
+        encoder: Manifest of prepare_encoder: the frozen condition encoder, which says how long each prompt is.
         images: Manifest of ingest_images: raw image shards.
         text_images: Manifest of render_text: shards of synthetic text images.
         edits: Manifest of build_edits: shards of edit pairs.
@@ -47,6 +49,7 @@ def encode_latents(
             "kept": kept.path,
             "captions": captions.path,
             "vae": vae.path,
+            "encoder": encoder.path,
             "images": images.path,
             "text_images": text_images.path,
             "edits": edits.path,

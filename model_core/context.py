@@ -11,6 +11,7 @@ from model_core.recipe import Recipe
 from model_core.site import Site
 from model_core.tracking.spool import Tracker
 from model_core.training.checkpoint import CheckpointStore
+from model_core.training.distributed import Ranks
 from model_core.workspace import InputFolder
 
 
@@ -33,3 +34,15 @@ class StepContext:
     checkpoints: CheckpointStore
     tracker: Tracker
     progress: Progress
+    ranks: Ranks = Ranks()
+    loader_workers: int = 0
+
+    def log(self, values: Mapping[str, float], *, step: int) -> None:
+        """Numbers at a step, told once however many ranks there are."""
+        if self.ranks.is_first:
+            self.tracker.metrics(values, step=step)
+
+    def show(self, done: int, total: int, message: str = "") -> None:
+        """Progress, shown once however many ranks there are."""
+        if self.ranks.is_first:
+            self.progress.update(done, total, message)

@@ -258,7 +258,11 @@ class MMDiT(Section):
     caption_weights: dict[CaptionType, Annotated[float, Field(ge=0.0)]] = Field(
         {"general": 0.7, "text": 0.1, "knowledge": 0.1, "structured": 0.1}
     )  # how often a caption type is drawn (ours)
+    window_row_groups: Count = 8  # row groups a kind that are open, and shuffled together, at a time (ours)
+    micro_batch_tokens: Count | None = None  # most tokens, padding included, in one pass of a process; None: the whole batch
+    useful_token_share: Share = 0.97  # a micro-batch ends where padding would take more than the rest (ours)
     checkpoint_every_steps: Count = 100
+    keep_every_steps: Count | None = None  # checkpoints at its multiples are kept while the stage runs, beside the newest two
     stages: dict[str, Stage] = Field(min_length=1)
 
     @field_validator("stages")

@@ -37,7 +37,9 @@ class LaunchProfile(Section):
     """How a step's processes are started."""
 
     scheduler: Literal["local_cwd"] = "local_cwd"
-    threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads a process; None takes the cores at hand
+    processes: Annotated[int, Field(ge=1)] = 1  # ranks, started by torchrun; only training steps take more than one
+    threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads a process; None shares out the cores at hand
+    loader_workers: Annotated[int, Field(ge=0)] = 1  # threads a process that make batches ahead; 0 makes each when it is needed
 
 
 class Launch(Section):

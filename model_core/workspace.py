@@ -53,6 +53,14 @@ class InputFolder:
             self._checked.add(name)
         return local
 
+    def local(self, name: str) -> Path | None:
+        """Where a file lies on this machine's disk, unchecked; None in a remote workspace."""
+        return self._storage.local_path(name)
+
+    def read(self, name: str, *, start: int, length: int) -> bytes:
+        """A range of a file, unchecked: for readers that hold the digest of the range."""
+        return self._storage.get(name, start=start, length=length)
+
     def folder(self, prefix: str) -> Path:
         """A local folder with every file below `prefix`."""
         depth = prefix.rstrip("/").count("/") + 1

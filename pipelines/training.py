@@ -53,7 +53,7 @@ def training_pipeline(stages: Sequence[str], *, image: str) -> GraphComponent:
         vae = step(train_vae, kept=kept[stages[0]], **raw)
         model: dict[str, Any] = {}
         for stage in stages:
-            latents = step(encode_latents, stage, kept=kept[stage], captions=captions, vae=vae, **raw)
+            latents = step(encode_latents, stage, kept=kept[stage], captions=captions, vae=vae, encoder=encoder, **raw)
             model = {"previous": step(train_mmdit, stage, latents=latents, encoder=encoder, **model)}
         trained = model["previous"]
         evaluation = step(evaluate_model, model=trained, vae=vae, encoder=encoder, captions=captions, images=images, edits=edits)

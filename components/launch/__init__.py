@@ -64,7 +64,9 @@ def run_step(
         recipe_path, site_path = Path(folder, "recipe.yaml"), Path(folder, "site.yaml")
         recipe_path.write_text(recipe, encoding="utf-8")  # JSON is YAML
         site_path.write_text(site, encoding="utf-8")
-        argv = [sys.executable, "-m", "model_core", step, "--recipe", str(recipe_path), "--site", str(site_path), "--run", run]
+        num = profile(json.loads(site), step).get("processes", 1)
+        program = ["model_core"] if num == 1 else ["model_core.torchrun", str(num)]
+        argv = [sys.executable, "-m", *program, step, "--recipe", str(recipe_path), "--site", str(site_path), "--run", run]
         argv += [] if stage is None else ["--stage", stage]
         for name, path in inputs.items():
             argv += [] if path is None else ["--input", f"{name}={path}"]
@@ -81,11 +83,16 @@ def run_step(
         _copy_page(json.loads(site), output, page)
 
 
+def profile(site: Mapping[str, Any], step: str) -> Mapping[str, Any]:
+    """The launch profile of a step at the site."""
+    launch = site.get("launch", {})
+    found: Mapping[str, Any] = launch.get("steps", {}).get(step) or launch.get("default", {})
+    return found
+
+
 def scheduler(site: Mapping[str, Any], step: str) -> Scheduler:
     """What starts this step's processes, as its launch profile at the site says; raises StepError for an unknown one."""
-    launch = site.get("launch", {})
-    profile = launch.get("steps", {}).get(step) or launch.get("default", {})
-    name = profile.get("scheduler", "local_cwd")
+    name = profile(site, step).get("scheduler", "local_cwd")
     if name not in SCHEDULERS:
         raise StepError(
             f"{step}: found scheduler {name!r} in the site's launch profile; allowed are {', '.join(SCHEDULERS)}", CONFIGURATION

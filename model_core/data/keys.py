@@ -25,3 +25,12 @@ def keyed_generator(*parts: object) -> np.random.Generator:
 def keyed_uniform(*parts: object) -> float:
     """A number in [0, 1) keyed by `parts`."""
     return int.from_bytes(key_bytes(*parts)[:8], "little") / 2.0**64
+
+
+def keyed_permutation(size: int, *parts: object) -> np.ndarray:
+    """An order of `size` things, (size,) int64, keyed by `parts`.
+
+    Sorts the raw bits of Philox, which numpy keeps the same in all versions, as it does not its own shuffles.
+    """
+    bits = np.random.Philox(key=np.frombuffer(key_bytes(*parts)[:16], dtype=np.uint64)).random_raw(size)
+    return np.argsort(bits, kind="stable")

@@ -1,102 +1,202 @@
-"""Latent shards: what train_mmdit reads. One parquet file a shape, so that a batch of it needs no padding of pictures.
+"""Latent shards: what train_mmdit reads. One bucket a shard, so that a batch of it needs no padding of pictures.
 
-Columns: `sample_id` 16 bytes; `kind`; `held_out`; `latent` float32 (C, h, w) and `references` float32 (R, C, h, w) as raw
-standardised latents; the prompts as text, `instruction` for edits and one column a caption type for the others.
+A bucket is a split (train or held_out), a kind, a shape and a number of references. Latents are standardised and stored as
+bfloat16, whose rounding (2^-9) lies far below what the autoencoder loses. docs/reference/shards.md lists the columns.
 """
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
+from model_core.data.index import Folder, Index, read_index, write_index
+from model_core.data.plan import Rows
+from model_core.data.shard_writer import ROW_GROUP_BYTES, ShardWriter
 from model_core.recipe import UserError
 
-FORMAT = b"darkroom-latents-1"
+FORMAT = "darkroom-latents-2"
 CAPTIONS = ("general", "text", "knowledge", "structured")
+PROMPTS = ("instruction", *CAPTIONS)
+TRAIN, HELD_OUT = "train", "held_out"
+_BUCKET = re.compile(rf"({TRAIN}|{HELD_OUT})/([a-z_]+)/(\d+)x(\d+)-r(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """What the rows of a shard have in common; `height` and `width` are rows and columns of a latent."""
+
+    split: str
+    kind: str
+    height: int
+    width: int
+    num_references: int
+
+    def __str__(self) -> str:
+        return f"{self.split}/{self.kind}/{self.height}x{self.width}-r{self.num_references}"
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of the target and the references: one a latent place."""
+        return self.height * self.width * (1 + self.num_references)
+
+
+def parse_bucket(name: str) -> Bucket:
+    """The bucket that `str` gave."""
+    match = _BUCKET.fullmatch(name)
+    if match is None:
+        raise UserError(f"latents: found bucket {name!r}; allowed are names such as train/image/16x16-r0")
+    return Bucket(match[1], match[2], *(int(number) for number in match.groups()[2:]))
 
 
 @dataclass(frozen=True)
-class LatentShard:
-    """All samples of one shape: `latents` (N, C, h, w) and `references` (N, R, C, h, w) float32; `prompts` has N entries a column."""
+class Made:
+    """Digests of the models that a shard was made with: latents and token counts mean nothing to others."""
 
-    sample_ids: Sequence[bytes]
-    kinds: Sequence[str]
-    held_out: Sequence[bool]
+    vae: str
+    encoder: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentRow:
+    """One sample: `latent` (C, h, w) and `references`, R of (C, h, w); its prompts by name, and how many tokens each has."""
+
+    sample_id: bytes
+    latent: Tensor
+    references: Sequence[Tensor]
+    prompts: dict[str, str]
+    prompt_tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class LatentGroup:
+    """A row group in memory: `latents` (N, C, h, w) and `references` (N, R, C, h, w) bfloat16 as uint16; N prompts a name."""
+
+    bucket: Bucket
+    sample_ids: list[bytes]
     latents: np.ndarray
     references: np.ndarray
-    prompts: dict[str, Sequence[str]]
+    prompts: dict[str, list[str]] = field(repr=False)
+    prompt_tokens: dict[str, np.ndarray]
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns of a latent."""
-        return self.latents.shape[2], self.latents.shape[3]
 
+class LatentWriter:
+    """Writes rows of any bucket below `root`; memory holds at most one row group a bucket."""
 
-def shard_name(shape: tuple[int, int], num_references: int) -> str:
-    """File name of the shard that holds one shape."""
-    return f"latents/{shape[0]}x{shape[1]}-r{num_references}.parquet"
+    def __init__(self, root: Path, *, made: Made, channels: int) -> None:
+        self._root, self._made, self._channels = root, made, channels
+        self._writers: dict[Bucket, ShardWriter] = {}
+        self._rows: dict[Bucket, list[LatentRow]] = defaultdict(list)
 
+    def add(self, bucket: Bucket, row: LatentRow) -> None:
+        """Takes one row of a bucket."""
+        self._rows[bucket].append(row)
+        if len(self._rows[bucket]) >= max(1, ROW_GROUP_BYTES // self._row_bytes(bucket)):
+            self._flush(bucket)
 
-def write_latents(path: Path, shard: LatentShard, *, vae_digest: str) -> None:
-    """Writes one shard; equal content gives equal bytes."""
-    channels, height, width = shard.latents.shape[1:]
-    table = pa.table(
-        {
-            "sample_id": pa.array(list(shard.sample_ids), pa.binary(16)),
-            "kind": pa.array(list(shard.kinds), pa.string()),
-            "held_out": pa.array(list(shard.held_out), pa.bool_()),
-            "latent": _fixed(shard.latents),
-            "references": _fixed(shard.references),
-            **{name: pa.array(list(values), pa.string()) for name, values in shard.prompts.items()},
+    def close(self) -> Index:
+        """Writes what is left, and the index."""
+        for bucket in sorted(bucket for bucket, rows in self._rows.items() if rows):
+            self._flush(bucket)
+        return write_index(self._root, [group for bucket in sorted(self._writers) for group in self._writers[bucket].close()])
+
+    def _flush(self, bucket: Bucket) -> None:
+        rows = self._rows.pop(bucket)
+        schema = latent_schema(bucket, self._channels, self._made)
+        if bucket not in self._writers:
+            self._writers[bucket] = ShardWriter(self._root, f"latents/{bucket}", schema, bucket=str(bucket))
+        columns: dict[str, list[object]] = {
+            "sample_id": [row.sample_id for row in rows],
+            "latent": [_bfloat16_bytes(row.latent) for row in rows],
+            **{name: [row.prompts[name] for row in rows] for name in PROMPTS},
+            **{f"{name}_tokens": [row.prompt_tokens[name] for row in rows] for name in PROMPTS},
         }
-    )
-    shape = f"{channels}x{height}x{width}x{shard.references.shape[1]}"
-    table = table.replace_schema_metadata({"format": FORMAT, "vae": vae_digest, "shape": shape})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    row_bytes = shard.latents[0].nbytes + shard.references[0].nbytes
-    pq.write_table(
-        table,
-        path,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-        row_group_size=max(1, 2**24 // row_bytes),
-    )
+        if bucket.num_references:
+            columns["references"] = [b"".join(_bfloat16_bytes(latent) for latent in row.references) for row in rows]
+        table = pa.table({name: pa.array(columns[name], schema.field(name).type) for name in schema.names}, schema=schema)
+        self._writers[bucket].write(table, len(rows) * self._row_bytes(bucket))
+
+    def _row_bytes(self, bucket: Bucket) -> int:
+        return 2 * self._channels * bucket.image_tokens
 
 
-def read_latents(path: Path, *, vae_digest: str | None = None) -> LatentShard:
-    """Reads one shard, checking its page checksums; raises UserError when it was made with another VAE."""
-    table = pq.read_table(path, page_checksum_verification=True)
-    metadata = table.schema.metadata or {}
-    if metadata.get(b"format") != FORMAT:
-        raise UserError(f"{path}: found shard format {metadata.get(b'format')!r}; allowed is {FORMAT!r}")
-    if vae_digest is not None and metadata[b"vae"].decode() != vae_digest:
-        raise UserError(f"{path}: made with VAE {metadata[b'vae'].decode()[:12]}; allowed here is {vae_digest[:12]}")
-    channels, height, width, num_references = (int(part) for part in metadata[b"shape"].decode().split("x"))
-    return LatentShard(
+def latent_schema(bucket: Bucket, channels: int, made: Made) -> pa.Schema:
+    """Columns and metadata of a bucket's shards; `references` is there only where there are some."""
+    latent = 2 * channels * bucket.height * bucket.width
+    fields = [("sample_id", pa.binary(16)), ("latent", pa.binary(latent))]
+    fields += [("references", pa.binary(latent * bucket.num_references))] if bucket.num_references else []
+    fields += [(name, pa.string()) for name in PROMPTS]
+    fields += [(f"{name}_tokens", pa.int16()) for name in PROMPTS]
+    metadata = {"format": FORMAT, "bucket": str(bucket), "channels": str(channels), "vae": made.vae, "encoder": made.encoder}
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=metadata)
+
+
+def latent_group(table: pa.Table, where: str, *, encoder: str | None = None) -> LatentGroup:
+    """A row group of a latent shard; raises UserError, naming `where`, for another format or another encoder's shard."""
+    metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{where}: found shard format {metadata.get('format')!r}; allowed is {FORMAT!r}")
+    if encoder is not None and metadata["encoder"] != encoder:
+        raise UserError(f"{where}: made with condition encoder {metadata['encoder'][:12]}; allowed here is {encoder[:12]}")
+    bucket, channels = parse_bucket(metadata["bucket"]), int(metadata["channels"])
+    shape = (channels, bucket.height, bucket.width)
+    references = np.zeros((len(table), 0, *shape), dtype=np.uint16)
+    return LatentGroup(
+        bucket=bucket,
         sample_ids=table["sample_id"].to_pylist(),
-        kinds=table["kind"].to_pylist(),
-        held_out=table["held_out"].to_pylist(),
-        latents=_array(table["latent"], (channels, height, width)),
-        references=_array(table["references"], (num_references, channels, height, width)),
-        prompts={name: table[name].to_pylist() for name in table.column_names if name in (*CAPTIONS, "instruction")},
+        latents=_fixed(table["latent"]).reshape(len(table), *shape),
+        references=_fixed(table["references"]).reshape(len(table), -1, *shape) if bucket.num_references else references,
+        prompts={name: table[name].to_pylist() for name in PROMPTS},
+        prompt_tokens={name: table[f"{name}_tokens"].to_numpy() for name in PROMPTS},
     )
 
 
-def _fixed(values: np.ndarray) -> pa.Array:
-    """(N, ...) float32 as N binary values of equal size; a row without values is an empty one."""
-    rows = np.ascontiguousarray(values, dtype="<f4").reshape(len(values), -1)
-    return pa.array([row.tobytes() for row in rows], pa.binary(rows.shape[1] * 4) if rows.shape[1] else pa.binary())
+def open_latents(folder: Folder, *, encoder: str) -> tuple[Index, Made, int]:
+    """The index of a data set of latents, what they were made with, and their channels.
+
+    Raises UserError when there is nothing in it, or it was made with another condition encoder than `encoder`.
+    """
+    index = read_index(folder)
+    if not len(index):
+        raise UserError(f"{folder.path('index.json')}: found no latents; allowed is at least one row to train on")
+    where = folder.path("index.json").parent / index.paths[0]
+    metadata = pq.read_metadata(pa.BufferReader(index.footer(index.paths[0]))).metadata or {}
+    made = Made(metadata[b"vae"].decode(), metadata[b"encoder"].decode())
+    if made.encoder != encoder:
+        raise UserError(f"{where}: made with condition encoder {made.encoder[:12]}; allowed here is {encoder[:12]}")
+    return index, made, int(metadata[b"channels"])
 
 
-def _array(column: pa.ChunkedArray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(b"".join(column.to_pylist()), dtype="<f4").reshape(len(column), *shape)
+def latent_rows(index: Index, *, kinds: Sequence[str], split: str = TRAIN) -> dict[str, Rows]:
+    """The row groups of a split, by kind."""
+    buckets = [parse_bucket(name) for name in index.buckets]
+    groups = {kind: index.in_buckets([str(b) for b in buckets if (b.split, b.kind) == (split, kind)]) for kind in kinds}
+    return {kind: Rows(numbers, index.rows[numbers]) for kind, numbers in groups.items()}
+
+
+def floats(values: np.ndarray) -> Tensor:
+    """bfloat16 values, held as uint16, as a float32 tensor of the same shape; always a copy."""
+    return torch.from_numpy(values.astype(np.int16)).view(torch.bfloat16).float()
+
+
+def _bfloat16_bytes(latent: Tensor) -> bytes:
+    return bytes(latent.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes())
+
+
+def _fixed(column: pa.ChunkedArray) -> np.ndarray:
+    """The bytes of a fixed-size binary column as uint16, without a copy where it lies in one piece."""
+    array = column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    width = array.type.byte_width
+    start = array.offset * width
+    return np.frombuffer(array.buffers()[1], dtype="<u2", count=len(array) * width // 2, offset=start)

@@ -1,23 +1,30 @@
-"""Batches for train_mmdit: the plan's samples, with their prompts, noise and timesteps.
+"""Batches for train_mmdit: a rank's share of the plan's samples, with their prompts, noise and timesteps.
 
-Every draw is keyed by (seed, stage, sample id, epoch), so a sample meets the same noise on any number of ranks and after
-any number of restarts.
+Every draw is keyed by (seed, stage, sample id, epoch), so a sample meets the same noise on any number of ranks and workers and
+after any number of restarts. Batches are made ahead by worker threads, and the row groups that the next window needs are
+fetched one by one while this one is in use.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model_core.data.keys import keyed_generator
-from model_core.data.latents import LatentShard
-from model_core.data.plan import Draw, Plan
+from model_core.data.latents import LatentGroup, floats
+from model_core.data.plan import Plan
+from model_core.data.row_groups import RowGroups
 from model_core.objectives.flow import logit_normal
+from model_core.training.distributed import Ranks
+
+BATCHES_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -36,79 +43,197 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """A rank's share of a global batch.
+
+    `ids` are the samples in it, by kind and epoch; `missing` counts those that lie in quarantined row groups. `tokens` are
+    those of pictures and prompts, `padded_tokens` what the model computes for them.
+    """
+
+    micro_batches: list[MicroBatch]
+    ids: dict[tuple[str, int], list[bytes]]
+    missing: int
+    tokens: int
+    padded_tokens: int
+
+
+@dataclass(frozen=True)
 class Draws:
-    """How a sample is drawn: p(t), the share that loses its prompt, and how often each caption type is taken."""
+    """How a sample is drawn: p(t), the share that loses its prompt, and how often each caption type is taken.
+
+    `empty_tokens` is how many states the condition encoder gives for no prompt at all.
+    """
 
     logit_normal: tuple[float, float]
     uncond_dropout: float
     caption_weights: dict[str, float]
+    empty_tokens: int = 0
 
 
-class LatentRows:
-    """The rows that may be trained on, by kind, over all shards of a stage."""
+@dataclass(frozen=True)
+class Budget:
+    """How a share is cut into micro-batches: at most `tokens` each with padding (None: no limit), of which `useful` are none."""
 
-    def __init__(self, shards: Sequence[LatentShard], kinds: Sequence[str], *, held_out: bool = False) -> None:
-        self.shards = list(shards)
-        self._rows: dict[str, list[tuple[int, int]]] = {kind: [] for kind in kinds}
-        for index, shard in enumerate(self.shards):
-            for row, (kind, out) in enumerate(zip(shard.kinds, shard.held_out, strict=True)):
-                if kind in self._rows and out == held_out:
-                    self._rows[kind].append((index, row))
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Rows a kind."""
-        return {kind: len(rows) for kind, rows in self._rows.items()}
-
-    def locate(self, draw: Draw) -> tuple[int, int]:
-        """(shard, row in it) of a plan's draw."""
-        return self._rows[draw.kind][draw.row]
+    tokens: int | None = None
+    useful: float = 0.0
 
 
+@dataclass
+class Waited:
+    """Seconds that the training loop has stood still for data."""
+
+    seconds: float = 0.0
+
+
+@dataclass
 class Loader:
-    """Makes the micro-batches of any global batch number."""
+    """Makes a rank's share of any global batch, and streams those of a stretch of them."""
 
-    def __init__(self, rows: LatentRows, plan: Plan, draws: Draws) -> None:
-        self._rows, self._plan, self._draws = rows, plan, draws
+    groups: RowGroups[LatentGroup]
+    plan: Plan
+    draws: Draws
+    budget: Budget = Budget()
+    ranks: Ranks = Ranks()
+    workers: int = 0
+    waited: Waited = field(default_factory=Waited)
 
-    def batch(self, number: int) -> list[MicroBatch]:
-        """Global batch `number`, split by shape; together `plan.batch_size` samples."""
-        groups: dict[int, list[tuple[int, Draw]]] = defaultdict(list)
-        for draw in self._plan.batch(number):
-            shard, row = self._rows.locate(draw)
-            groups[shard].append((row, draw))
-        return [self._micro_batch(self._rows.shards[shard], groups[shard]) for shard in sorted(groups)]
+    def stream(self, first: int, last: int) -> Iterator[Batch]:
+        """Batches `first` to `last` - 1 in order, made ahead by the workers; without workers each is made when asked for."""
+        if self.workers == 0:
+            for number in range(first, last):
+                began = time.monotonic()
+                batch = self.batch(number)
+                self.waited.seconds += time.monotonic() - began
+                yield batch
+            return
+        with ThreadPoolExecutor(self.workers, "loader") as pool, ThreadPoolExecutor(self.workers, "fetch") as fetchers:
+            ahead: deque[Future[Batch]] = deque()
+            try:
+                for number in range(first, last + BATCHES_AHEAD):
+                    if number < last:
+                        ahead.append(pool.submit(self.batch, number))
+                        for group in self._coming(number, last):
+                            fetchers.submit(self.groups.get, group)
+                    if number >= first + BATCHES_AHEAD:
+                        began = time.monotonic()
+                        batch = ahead.popleft().result()
+                        self.waited.seconds += time.monotonic() - began
+                        yield batch
+            finally:
+                for future in ahead:
+                    future.cancel()
 
-    def _micro_batch(self, shard: LatentShard, samples: list[tuple[int, Draw]]) -> MicroBatch:
-        index = [row for row, _ in samples]
-        noise, times, prompts = [], [], []
-        for row, draw in samples:
-            generator = keyed_generator(self._plan.seed, self._plan.stage, shard.sample_ids[row], draw.epoch)
-            times.append(logit_normal(generator.standard_normal(), *self._draws.logit_normal))
-            prompts.append(draw_prompt(shard, row, self._draws, generator))
-            noise.append(generator.standard_normal(shard.latents.shape[1:], dtype=np.float32))
-        return MicroBatch(
-            latents=tokens(shard.latents[index]),
-            noise=tokens(np.stack(noise)),
-            references=[tokens(shard.references[index, slot]) for slot in range(shard.references.shape[1])],
-            t=torch.tensor(times, dtype=torch.float32),
-            prompts=prompts,
-            shape=shard.shape,
+    def batch(self, number: int) -> Batch:
+        """This rank's share of global batch `number`, split by shape and budget."""
+        samples = self.plan.share(number, rank=self.ranks.rank, size=self.ranks.size)
+        drawn: dict[tuple[tuple[int, int], int], list[_Sample]] = defaultdict(list)
+        ids: dict[tuple[str, int], list[bytes]] = defaultdict(list)
+        missing = 0
+        for group_number in dict.fromkeys(samples.groups.tolist()):
+            mine = samples.take(samples.groups == group_number)
+            group = self.groups.get(group_number)
+            if group is None:
+                missing += len(mine)
+                continue
+            for kind, row, epoch in zip(mine.kinds.tolist(), mine.rows.tolist(), mine.epochs.tolist(), strict=True):
+                sample = _draw(group, row, epoch, self.plan, self.draws)
+                drawn[(group.bucket.height, group.bucket.width), group.bucket.num_references].append(sample)
+                ids[self.plan.kinds[kind], epoch].append(group.sample_ids[row])
+        cuts = [cut for bucket in sorted(drawn) for cut in cut_by_budget(drawn[bucket], self.budget)]
+        return Batch(
+            micro_batches=[_micro_batch(cut) for cut in cuts],
+            ids=dict(ids),
+            missing=missing,
+            tokens=sum(sample.tokens for cut in cuts for sample in cut),
+            padded_tokens=sum(len(cut) * max(sample.tokens for sample in cut) for cut in cuts),
         )
 
+    def _coming(self, number: int, last: int) -> list[int]:
+        """Row groups that the window after this one needs and nobody has asked for yet: a few, so that reads spread evenly."""
+        distance = max(1, int(min(self._window_batches())))
+        if number + distance >= last:
+            return []
+        needed = np.unique(self.plan.share(number + distance, rank=self.ranks.rank, size=self.ranks.size).groups).tolist()
+        num = 1 + len(needed) // distance
+        return [group for group in needed if not self.groups.has(group)][:num]
 
-def draw_prompt(shard: LatentShard, row: int, draws: Draws, generator: np.random.Generator) -> str:
-    """The prompt of one sample: nothing with probability `uncond_dropout`; else an edit's instruction, or a caption of a drawn type."""
+    def _window_batches(self) -> list[float]:
+        """How many batches a window lasts, a kind."""
+        plan = self.plan
+        return [
+            plan.window * plan.rows[kind].total / len(plan.rows[kind].groups) / float(share * plan.batch_size)
+            for kind, share in plan.shares.items()
+        ]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One drawn sample; `tokens` are those of its pictures and its prompt."""
+
+    group: LatentGroup
+    row: int
+    t: float
+    prompt: str
+    noise: np.ndarray
+    tokens: int
+
+
+def _draw(group: LatentGroup, row: int, epoch: int, plan: Plan, draws: Draws) -> _Sample:
+    generator = keyed_generator(plan.seed, plan.stage, group.sample_ids[row], epoch)
+    t = logit_normal(generator.standard_normal(), *draws.logit_normal)
+    name = draw_prompt(group, row, draws, generator)
+    return _Sample(
+        group=group,
+        row=row,
+        t=t,
+        prompt=group.prompts[name][row] if name else "",
+        noise=generator.standard_normal(group.latents.shape[1:], dtype=np.float32),
+        tokens=group.bucket.image_tokens + (int(group.prompt_tokens[name][row]) if name else draws.empty_tokens),
+    )
+
+
+def draw_prompt(group: LatentGroup, row: int, draws: Draws, generator: np.random.Generator) -> str | None:
+    """Which prompt a sample meets: none with probability `uncond_dropout`; else an edit's instruction, or a drawn caption type."""
     dropped, choice = generator.random(), generator.random()
     if dropped < draws.uncond_dropout:
-        return ""
-    if shard.kinds[row] == "edit":
-        return shard.prompts["instruction"][row]
-    names = sorted(name for name, weight in draws.caption_weights.items() if weight > 0 and shard.prompts[name][row])
+        return None
+    if group.bucket.kind == "edit":
+        return "instruction"
+    names = sorted(name for name, weight in draws.caption_weights.items() if weight > 0 and group.prompts[name][row])
     edges = np.cumsum([draws.caption_weights[name] for name in names])
-    return shard.prompts[names[int(np.searchsorted(edges, choice * edges[-1], side="right"))]][row] if names else ""
+    return names[int(np.searchsorted(edges, choice * edges[-1], side="right"))] if names else None
 
 
-def tokens(latents: np.ndarray) -> Tensor:
+def cut_by_budget(samples: Sequence[_Sample], budget: Budget) -> list[list[_Sample]]:
+    """Samples of one shape, longest prompt first, cut where the next one would exceed the budget or waste too much padding."""
+    cuts: list[list[_Sample]] = []
+    useful = 0
+    for sample in sorted(samples, key=lambda sample: (-sample.tokens, sample.group.sample_ids[sample.row])):
+        if cuts:
+            padded = (len(cuts[-1]) + 1) * cuts[-1][0].tokens
+            within = budget.tokens is None or padded <= budget.tokens
+            if within and useful + sample.tokens >= budget.useful * padded:
+                cuts[-1].append(sample)
+                useful += sample.tokens
+                continue
+        cuts.append([sample])
+        useful = sample.tokens
+    return cuts
+
+
+def _micro_batch(samples: list[_Sample]) -> MicroBatch:
+    first = samples[0].group.bucket
+    references = np.stack([sample.group.references[sample.row] for sample in samples])
+    return MicroBatch(
+        latents=tokens(floats(np.stack([sample.group.latents[sample.row] for sample in samples]))),
+        noise=tokens(torch.from_numpy(np.stack([sample.noise for sample in samples]))),
+        references=[tokens(floats(references[:, slot])) for slot in range(references.shape[1])],
+        t=torch.tensor([sample.t for sample in samples], dtype=torch.float32),
+        prompts=[sample.prompt for sample in samples],
+        shape=(first.height, first.width),
+    )
+
+
+def tokens(latents: Tensor) -> Tensor:
     """(B, C, h, w) latents as (B, h w, C) tokens, row by row."""
-    return torch.from_numpy(np.array(latents, order="C")).flatten(2).transpose(1, 2).contiguous()
+    return latents.flatten(2).transpose(1, 2).contiguous()

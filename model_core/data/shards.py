@@ -1,6 +1,7 @@
 """Raw shards: pictures as they came, with what is known of them, in parquet (docs: training-core, shard format).
 
-`shards/part-00000.parquet`, ... hold the rows; `index.json` lists them. Equal rows give equal bytes.
+`shards/part-HASH.parquet` hold the rows, `index.json` and what it names list them (model_core/data/index.py). Equal rows give
+equal bytes.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from model_core.data.index import Folder, read_index, write_index
 from model_core.data.keys import key_bytes, keyed_uniform
 from model_core.data.phash import perceptual_hash
+from model_core.data.shard_writer import ROW_GROUP_BYTES, ShardWriter
 from model_core.data.skipped import Skipped
 from model_core.recipe import UserError
 
 FORMAT = b"darkroom-raw-1"
-ROW_GROUP_BYTES = 16 * 2**20
-SHARD_BYTES = 256 * 2**20
+BUCKET = "raw"  # pictures of all sizes lie together
 HELD_OUT_SHARE = 1 / 20
 
 SCHEMA = pa.schema(
@@ -74,14 +76,6 @@ class RawRow:
         return document
 
 
-class Folder(Protocol):
-    """What rows are read from: an input of a step, or a plain local folder."""
-
-    def path(self, name: str) -> Path: ...
-
-    def read_json(self, name: str) -> Any: ...
-
-
 def make_row(
     image: Image.Image, *, kind: str, references: Sequence[Image.Image] = (), encoded: bytes | None = None, **known: Any
 ) -> RawRow:
@@ -120,42 +114,24 @@ def decode_image(data: bytes) -> Image.Image:
 
 
 def write_rows(folder: Path, rows: Iterable[RawRow]) -> int:
-    """Writes shards and `index.json` below `folder`; returns the number of rows."""
-    index: list[dict[str, Any]] = []
-    writer: pq.ParquetWriter | None = None
-    written = 0
-
-    def flush(group: list[RawRow]) -> None:
-        nonlocal writer, written
-        if writer is None:
-            name = f"shards/part-{len(index):05d}.parquet"
-            (folder / "shards").mkdir(parents=True, exist_ok=True)
-            writer = pq.ParquetWriter(
-                folder / name, SCHEMA, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
-            )
-            index.append({"path": name, "rows": 0})
-        writer.write_table(pa.Table.from_pylist([_as_dict(row) for row in group], schema=SCHEMA))
-        index[-1]["rows"] += len(group)
-        written += sum(_bytes(row) for row in group)
-        if written >= SHARD_BYTES:
-            writer.close()
-            writer, written = None, 0
-
+    """Writes shards and their index below `folder`; returns the number of rows."""
+    writer = ShardWriter(folder, "shards", SCHEMA, bucket=BUCKET)
     group: list[RawRow] = []
     group_bytes = 0
+
+    def flush() -> None:
+        nonlocal group, group_bytes
+        writer.write(pa.Table.from_pylist([_as_dict(row) for row in group], schema=SCHEMA), group_bytes)
+        group, group_bytes = [], 0
+
     for row in rows:
         group.append(row)
         group_bytes += _bytes(row)
         if group_bytes >= ROW_GROUP_BYTES:
-            flush(group)
-            group, group_bytes = [], 0
-    if group or not index:
-        flush(group)
-    if writer is not None:
-        writer.close()
-    total: int = sum(shard["rows"] for shard in index)
-    (folder / "index.json").write_text(json.dumps({"rows": total, "shards": index}, indent=1) + "\n")
-    return total
+            flush()
+    if group:
+        flush()
+    return write_index(folder, writer.close()).num_rows
 
 
 def unique_rows(rows: Iterable[RawRow], repeated: Skipped) -> Iterator[RawRow]:
@@ -171,8 +147,8 @@ def unique_rows(rows: Iterable[RawRow], repeated: Skipped) -> Iterator[RawRow]:
 
 def read_rows(folder: Folder, columns: Sequence[str] | None = None) -> Iterator[RawRow]:
     """Rows in order, one row group in memory at a time; with `columns`, the other fields keep their defaults."""
-    for shard in folder.read_json("index.json")["shards"]:
-        path = folder.path(shard["path"])
+    for name in read_index(folder).paths:
+        path = folder.path(name)
         file = pq.ParquetFile(path, page_checksum_verification=True)
         if (file.schema_arrow.metadata or {}).get(b"format") != FORMAT:
             raise UserError(f"{path}: found shard format {(file.schema_arrow.metadata or {}).get(b'format')!r}; allowed is {FORMAT!r}")

@@ -60,6 +60,10 @@ class ConditionEncoder(nn.Module):
         mask = mask[:, self._system_length :]
         return states * mask[:, :, None], mask
 
+    def num_tokens(self, prompt: str) -> int:
+        """How many states `encode` gives for a prompt."""
+        return len(self.token_ids(system_turn(self.system_prompt) + user_turn(prompt or " "))) - self._system_length
+
     def token_ids(self, text: str) -> list[int]:
         """Tokens of `text`, special ones by their names, nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -33,9 +33,9 @@ STAGE = "mmdit.stages.{stage}."
 STEPS: dict[str, StepSpec] = {
     spec.name: spec
     for spec in (
-        StepSpec(name="ingest_images", version=1, sections=("seed", "data"), inputs=(), kind="dataset", sources=True),
-        StepSpec(name="render_text", version=1, sections=("seed", "text_images"), inputs=("images",), kind="dataset"),
-        StepSpec(name="build_edits", version=1, sections=("seed", "edits", "data.scenes"), inputs=("images",), kind="dataset"),
+        StepSpec(name="ingest_images", version=2, sections=("seed", "data"), inputs=(), kind="dataset", sources=True),
+        StepSpec(name="render_text", version=2, sections=("seed", "text_images"), inputs=("images",), kind="dataset"),
+        StepSpec(name="build_edits", version=2, sections=("seed", "edits", "data.scenes"), inputs=("images",), kind="dataset"),
         StepSpec(
             name="filter_images",
             version=1,
@@ -53,18 +53,18 @@ STEPS: dict[str, StepSpec] = {
             inputs=("captions", "edits"),
             kind="model",
         ),
-        StepSpec(name="train_vae", version=1, sections=("seed", "vae"), inputs=("kept", *RAW), kind="model"),
+        StepSpec(name="train_vae", version=2, sections=("seed", "vae"), inputs=("kept", *RAW), kind="model"),
         StepSpec(
             name="encode_latents",
-            version=1,
+            version=2,
             sections=(STAGE + "resolution_px", STAGE + "kinds"),
-            inputs=("kept", "captions", "vae", *RAW),
+            inputs=("kept", "captions", "vae", "encoder", *RAW),
             kind="dataset",
             staged=True,
         ),
         StepSpec(
             name="train_mmdit",
-            version=1,
+            version=2,
             sections=(
                 "seed",
                 "mmdit.path",
@@ -76,6 +76,9 @@ STEPS: dict[str, StepSpec] = {
                 "mmdit.grad_clip",
                 "mmdit.ema_decay",
                 "mmdit.caption_weights",
+                "mmdit.window_row_groups",
+                "mmdit.micro_batch_tokens",
+                "mmdit.useful_token_share",
                 *(STAGE + field for field in ("kinds", "edit_share", "text_image_share", "steps", "batch_size", "lr", "warmup_steps")),
             ),
             inputs=("latents", "encoder"),

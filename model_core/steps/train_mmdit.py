@@ -1,14 +1,15 @@
 """train_mmdit: one stage of the curriculum (R1 section 3 and Table 2), text-to-image and editing in one stream.
 
 Takes the stage's latents, the frozen condition encoder and, after the first stage, the stage before; leaves the EMA weights
-in `mmdit/`, this stage's curves, and `history.json` with those of all stages so far. Resumes bitwise from its newest
-checkpoint: every draw is keyed, and a checkpoint holds all that a step reads.
+in `mmdit/`, this stage's curves, `history.json` with those of all stages so far, and `ledger.json`, the proof of which samples it
+used. Resumes from its newest checkpoint on any number of ranks: every draw is keyed, so no generator has a state to save.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +17,41 @@ import torch
 from torch import Tensor, nn
 
 from model_core.context import StepContext
-from model_core.data.latents import LatentShard, read_latents
-from model_core.data.loader import Draws, LatentRows, Loader, MicroBatch
-from model_core.data.plan import make_plan
+from model_core.data.index import Index
+from model_core.data.latents import HELD_OUT, LatentGroup, latent_group, latent_rows, open_latents
+from model_core.data.loader import Budget, Draws, Loader, MicroBatch
+from model_core.data.plan import Plan, make_plan
+from model_core.data.row_groups import RowGroups
 from model_core.models.condition import ConditionEncoder, load_encoder
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
-from model_core.training.checkpoint import Stateful, states_of
+from model_core.training.checkpoint import CheckpointStore, Stateful
 from model_core.training.curves import Curves
+from model_core.training.distributed import sum_gradients, sum_over_ranks
 from model_core.training.ema import ema_of, update_ema
+from model_core.training.ledger import FILE_NAME as LEDGER
+from model_core.training.ledger import Ledger, LedgerError, check_ledger, plan_document
 from model_core.training.optim import Optimizer
+from model_core.training.stopping import Stopped, deferred_stop
 from model_core.training.validation import validation_loss
 
 LOG_EVERY_STEPS = 20
 
 
 def run(context: StepContext) -> dict[str, Any]:
-    """Trains the stage to its end; returns losses, counts and times."""
+    """Trains the stage to its end; returns losses, counts and times. Of several ranks the first alone publishes."""
     assert context.stage is not None
-    recipe, stage = context.recipe.mmdit, context.recipe.mmdit.stages[context.stage]
-    shards = [read_latents(context.inputs["latents"].path(name)) for name in context.inputs["latents"].names("latents/")]
-    rows = LatentRows(shards, stage.kinds)
-    shares = {"edit": stage.edit_share, "text_image": stage.text_image_share, "image": 1.0 - stage.edit_share - stage.text_image_share}
-    shares = {kind: share for kind, share in shares.items() if kind in stage.kinds}
-    plan = make_plan(seed=context.recipe.seed, stage=context.stage, sizes=rows.sizes, shares=shares, batch_size=stage.batch_size)
-    draws = Draws(recipe.logit_normal, recipe.uncond_dropout, {str(name): weight for name, weight in recipe.caption_weights.items()})
-    loader = Loader(rows, plan, draws)
-
+    recipe, stage, ranks = context.recipe.mmdit, context.recipe.mmdit.stages[context.stage], context.ranks
     torch.use_deterministic_algorithms(True)
     encoder = load_encoder(context.inputs["encoder"].folder("encoder"))
-    model = _initial_model(context, latent_channels=shards[0].latents.shape[1], text_dim=encoder.dim)
+    index, made, channels = open_latents(context.inputs["latents"], encoder=context.inputs["encoder"].manifest.content_digest)
+    groups = open_groups(context, index)
+    plan = stage_plan(context, index)
+    draws = Draws(recipe.logit_normal, recipe.uncond_dropout, dict(recipe.caption_weights), encoder.num_tokens(""))
+    budget = Budget(recipe.micro_batch_tokens, recipe.useful_token_share)
+    loader = Loader(groups, plan, draws, budget, ranks, workers=context.loader_workers)
+
+    model = _initial_model(context, latent_channels=channels, text_dim=encoder.dim)
     ema = ema_of(model)
     optimizer = Optimizer(
         model,
@@ -55,39 +61,89 @@ def run(context: StepContext) -> dict[str, Any]:
         weight_decay=recipe.weight_decay,
         grad_clip=recipe.grad_clip,
     )
-    curves = Curves("loss", "grad_norm")
+    curves, ledger = Curves("loss", "grad_norm"), Ledger()
     stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
-    first = context.checkpoints.restore(stateful)
+    first = resume(context.checkpoints, stateful, ledger)
 
-    began, data_seconds = time.monotonic(), 0.0
-    for step in range(first, stage.steps):
-        fetched = time.monotonic()
-        batch = loader.batch(step)
-        data_seconds += time.monotonic() - fetched
-        loss = backward(model, encoder, batch, batch_size=stage.batch_size)
-        norm = optimizer.step(step)
-        update_ema(ema, model, step=step, decay=recipe.ema_decay)
-        curves.add(loss, norm)
-        done = step + 1
-        if done % LOG_EVERY_STEPS == 0 or done == stage.steps:
-            point = curves.close(done)
-            context.tracker.metrics({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"]}, step=done)
-        if done % recipe.checkpoint_every_steps == 0 and done < stage.steps:
-            context.checkpoints.save(done, states_of(stateful))
-        context.progress.update(done, stage.steps, f"loss {curves.last:.4f}" if curves.points else "")
+    def save(step: int) -> None:
+        ledger.join(ranks, list(groups.quarantined))
+        notes = {"ledger": ledger.state_dict(), "plan": plan_document(plan), "recipe": context.recipe.digest()}
+        context.checkpoints.save(step, stateful, notes=notes)
+
+    began = time.monotonic()
+    with deferred_stop() as stop:
+        for step, batch in enumerate(loader.stream(first, stage.steps), first):
+            loss = sum_over_ranks(backward(model, encoder, batch.micro_batches, batch_size=stage.batch_size), ranks)
+            sum_gradients(model.parameters(), ranks)
+            norm = optimizer.step(step)
+            update_ema(ema, model, step=step, decay=recipe.ema_decay)
+            ledger.add(batch.ids)
+            curves.add(loss, norm)
+            done = step + 1
+            if done % LOG_EVERY_STEPS == 0 or done == stage.steps:
+                point = curves.close(done)
+                waited = loader.waited.seconds / (time.monotonic() - began)
+                context.log({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"], "data/wait_share": waited}, step=done)
+            if done % recipe.checkpoint_every_steps == 0 and done < stage.steps:
+                save(done)
+            if done < stage.steps and stop.agreed(ranks):
+                save(done)
+                context.checkpoints.wait()
+                raise Stopped(f"told to stop after step {done}, which is saved; the same command goes on from there")
+            context.show(done, stage.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
+    context.checkpoints.wait()
 
-    return _publish(context, ema=ema, encoder=encoder, shards=shards, curves=curves) | {
+    ledger.join(ranks, list(groups.quarantined))
+    if not ranks.is_first:
+        return {}
+    return _publish(context, ema=ema, encoder=encoder, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
         "steps": stage.steps,
-        "samples": stage.steps * stage.batch_size,
-        "trained_rows": sum(rows.sizes.values()),
-        "train_seconds": round(seconds - data_seconds, 3),
-        "data_seconds": round(data_seconds, 3),
+        "samples": sum(step.count for step in ledger.steps),
+        "trained_rows": sum(rows.total for rows in plan.rows.values()),
+        "quarantined_rows": int(index.rows[sorted(ledger.quarantined)].sum()) if ledger.quarantined else 0,
+        "vae": made.vae,
+        "ranks": ranks.size,
+        "train_seconds": round(seconds - loader.waited.seconds, 3),
+        "data_seconds": round(loader.waited.seconds, 3),
+        "data_wait_share": round(loader.waited.seconds / max(seconds, 1e-9), 5),
         "samples_per_second": round((stage.steps - first) * stage.batch_size / max(seconds, 1e-9), 1),
     }
 
 
-def backward(model: nn.Module, encoder: ConditionEncoder, batch: list[MicroBatch], *, batch_size: int) -> Tensor:
+def stage_plan(context: StepContext, index: Index) -> Plan:
+    """The order of the stage's samples."""
+    assert context.stage is not None
+    stage = context.recipe.mmdit.stages[context.stage]
+    shares = {"edit": stage.edit_share, "text_image": stage.text_image_share, "image": 1.0 - stage.edit_share - stage.text_image_share}
+    return make_plan(
+        digest=index.digest,
+        seed=context.recipe.seed,
+        stage=context.stage,
+        rows=latent_rows(index, kinds=stage.kinds),
+        shares={kind: share for kind, share in shares.items() if kind in stage.kinds},
+        batch_size=stage.batch_size,
+        window=context.recipe.mmdit.window_row_groups,
+    )
+
+
+def open_groups(context: StepContext, index: Index) -> RowGroups[LatentGroup]:
+    """The stage's row groups; memory holds two windows a kind, the one in use and the next."""
+    assert context.stage is not None
+    window, kinds = context.recipe.mmdit.window_row_groups, context.recipe.mmdit.stages[context.stage].kinds
+    return RowGroups(context.inputs["latents"], index, latent_group, capacity=2 * (window + 1) * len(kinds), say=context.progress.say)
+
+
+def resume(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], ledger: Ledger) -> int:
+    """Takes up the newest checkpoint; returns its step, which is 0 when there is none."""
+    found = checkpoints.restore(parts)
+    if found is None:
+        return 0
+    ledger.load_state_dict(found.notes["ledger"])
+    return found.step
+
+
+def backward(model: nn.Module, encoder: ConditionEncoder, batch: Sequence[MicroBatch], *, batch_size: int) -> Tensor:
     """Adds the gradients of the batch's mean flow-matching loss; returns that loss, detached."""
     total = torch.zeros(())
     for micro in batch:
@@ -111,18 +167,27 @@ def _initial_model(context: StepContext, *, latent_channels: int, text_dim: int)
 
 
 def _publish(
-    context: StepContext, *, ema: nn.Module, encoder: ConditionEncoder, shards: list[LatentShard], curves: Curves
+    context: StepContext,
+    *,
+    ema: nn.Module,
+    encoder: ConditionEncoder,
+    groups: RowGroups[LatentGroup],
+    curves: Curves,
+    ledger: Ledger,
+    plan: Plan,
 ) -> dict[str, Any]:
-    """Writes weights and curves; returns the stage's losses."""
+    """Writes weights, curves and the ledger; returns the stage's losses. Raises LedgerError when the ledger does not add up."""
     assert isinstance(ema, MMDiT)
-    recipe = context.recipe
-    save_mmdit(ema, context.output / "mmdit")
     assert context.stage is not None
-    held_out = LatentRows(shards, recipe.mmdit.stages[context.stage].kinds, held_out=True)
-    losses = validation_loss(ema, encoder, held_out, seed=recipe.seed)
-    context.tracker.metrics({f"val/loss/{kind}": loss for kind, loss in losses.items()}, step=recipe.mmdit.stages[context.stage].steps)
+    recipe, stage = context.recipe, context.recipe.mmdit.stages[context.stage]
+    if problems := check_ledger(ledger, plan, groups):
+        raise LedgerError("; ".join(problems))
+    save_mmdit(ema, context.output / "mmdit")
+    losses = validation_loss(ema, encoder, groups, latent_rows(groups.index, kinds=stage.kinds, split=HELD_OUT), seed=recipe.seed)
+    context.log({f"val/loss/{kind}": loss for kind, loss in losses.items()}, step=stage.steps)
     history = context.inputs["previous"].read_json("history.json") if "previous" in context.inputs else []
     history.append({"stage": context.stage, "curves": curves.points, "validation": losses})
-    for name, document in (("curves.json", curves.points), ("history.json", history)):
+    used = {"plan": plan_document(plan), **ledger.state_dict()}
+    for name, document in (("curves.json", curves.points), ("history.json", history), (LEDGER, used)):
         (context.output / name).write_text(json.dumps(document, indent=1) + "\n")
     return {"loss": curves.last, **{f"val_loss_{kind}": loss for kind, loss in losses.items()}}

@@ -28,10 +28,12 @@ from model_core.models.teacher import OrientedEdges
 from model_core.models.vae import ResidualVAE, load_vae, save_vae
 from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss
 from model_core.recipe import VAE, UserError
-from model_core.training.checkpoint import Stateful, states_of
+from model_core.training.checkpoint import Stateful
 from model_core.training.curves import Curves
+from model_core.training.distributed import sum_gradients, sum_over_ranks
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
+from model_core.training.stopping import Stopped, deferred_stop
 
 LOG_EVERY_STEPS = 20
 BETAS = (0.9, 0.99)
@@ -43,7 +45,7 @@ EVAL_BATCH = 64
 
 def run(context: StepContext) -> dict[str, Any]:
     """Trains to the end; returns held-out scores, counts and times."""
-    config, seed = context.recipe.vae, context.recipe.seed
+    config, seed, ranks = context.recipe.vae, context.recipe.seed, context.ranks
     began = time.monotonic()
     pictures, held_out = _read_pictures(context)
     data_seconds = time.monotonic() - began
@@ -58,26 +60,41 @@ def run(context: StepContext) -> dict[str, Any]:
     )
     curves = Curves("loss", "l1", "mse", "edge", "align", "grad_norm")
     stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
-    first = context.checkpoints.restore(stateful)
+    restored = context.checkpoints.restore(stateful)
+    first = 0 if restored is None else restored.step
+    share = ranks.share(config.batch_size)
 
     began, batch_seconds = time.monotonic(), 0.0
-    for step in range(first, config.steps):
-        fetched = time.monotonic()
-        images = batch(pictures, step=step, config=config, seed=seed)
-        batch_seconds += time.monotonic() - fetched
-        loss, parts = losses(model, teacher, images, config=config, step=step)
-        loss.backward()
-        norm = optimizer.step(step)
-        update_ema(ema, model.vae, step=step, decay=config.ema_decay)
-        curves.add(loss.detach(), *parts, norm)
-        done = step + 1
-        if done % LOG_EVERY_STEPS == 0 or done == config.steps:
-            point = curves.close(done)
-            context.tracker.metrics({f"train/{name}": value for name, value in point.items() if name != "step"}, step=done)
-        if done % config.checkpoint_every_steps == 0 and done < config.steps:
-            context.checkpoints.save(done, states_of(stateful))
-        context.progress.update(done, config.steps, f"loss {curves.last:.4f}" if curves.points else "")
+    with deferred_stop() as stop:
+        for step in range(first, config.steps):
+            fetched = time.monotonic()
+            images = batch(pictures, share, step=step, config=config, seed=seed)
+            batch_seconds += time.monotonic() - fetched
+            parts = torch.zeros(5)
+            if len(share):  # every part of the loss is a mean over equal pictures, so ranks weigh by theirs
+                loss, terms = losses(model, teacher, images, config=config, step=step)
+                weight = len(share) / config.batch_size
+                (loss * weight).backward()
+                parts = torch.stack([loss.detach(), *terms]) * weight
+            sum_gradients(model.parameters(), ranks)
+            norm = optimizer.step(step)
+            update_ema(ema, model.vae, step=step, decay=config.ema_decay)
+            curves.add(*sum_over_ranks(parts, ranks), norm)
+            done = step + 1
+            if done % LOG_EVERY_STEPS == 0 or done == config.steps:
+                point = curves.close(done)
+                context.log({f"train/{name}": value for name, value in point.items() if name != "step"}, step=done)
+            stopped = done < config.steps and stop.agreed(ranks)
+            if stopped or (done % config.checkpoint_every_steps == 0 and done < config.steps):
+                context.checkpoints.save(done, stateful, notes={"recipe": context.recipe.digest()})
+            if stopped:
+                context.checkpoints.wait()
+                raise Stopped(f"told to stop after step {done}, which is saved; the same command goes on from there")
+            context.show(done, config.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
+    context.checkpoints.wait()
+    if not ranks.is_first:
+        return {}
 
     assert isinstance(ema, ResidualVAE)
     return _publish(context, ema=ema, pictures=pictures, held_out=held_out, curves=curves) | {
@@ -115,11 +132,14 @@ def losses(model: AlignedVAE, teacher: nn.Module, images: Tensor, *, config: VAE
     return loss, tuple(part.detach() for part in parts)
 
 
-def batch(pictures: Sequence[bytes], *, step: int, config: VAE, seed: int) -> Tensor:
-    """Crops (B, 3, crop, crop) of optimizer step `step`: pictures and places keyed, so a pure function of its arguments."""
-    generator = keyed_generator(seed, "vae", step)
-    chosen = [pictures[index] for index in generator.integers(len(pictures), size=config.batch_size)]
-    return torch.stack([image_tensor(_crop(decode_image(picture), config.crop_px, generator)) for picture in chosen])
+def batch(pictures: Sequence[bytes], slots: range, *, step: int, config: VAE, seed: int) -> Tensor:
+    """Crops (len(slots), 3, crop, crop) for these slots of optimizer step `step`'s batch: pictures and places keyed by slot."""
+    crops = []
+    for slot in slots:
+        generator = keyed_generator(seed, "vae", step, slot)
+        picture = pictures[int(generator.integers(len(pictures)))]
+        crops.append(image_tensor(_crop(decode_image(picture), config.crop_px, generator)))
+    return torch.stack(crops) if crops else torch.zeros(0, 3, config.crop_px, config.crop_px)
 
 
 def _crop(image: Image.Image, side_px: int, generator: np.random.Generator) -> Image.Image:
@@ -167,7 +187,7 @@ def _publish(context: StepContext, *, ema: ResidualVAE, pictures: list[bytes], h
     images = _squares([picture for _, picture in scored], config.crop_px)
     scores = score(ema, images, [kind for kind, _ in scored])
     show(ema, images[:SHOWN_IMAGES], context.output / "reconstructions.png")
-    context.tracker.metrics({f"val/{name}": value for name, value in scores.items()}, step=config.steps)
+    context.log({f"val/{name}": value for name, value in scores.items()}, step=config.steps)
     context.tracker.image("reconstructions", context.output / "reconstructions.png", config.steps)
     return scores | {"scored_pictures": len(scored), "scored_on": "held out" if held_out else "trained"}
 

@@ -11,3 +11,7 @@ class NotFoundError(StorageError):
 
 class ConflictError(StorageError):
     """A conditional write found another state than the caller expected: the object exists, or its etag is another one."""
+
+
+class CorruptError(StorageError):
+    """The object's bytes are not those that were written: it is cut off, or its sha256 is another one."""

@@ -64,6 +64,15 @@ def join_ranks() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def sum_over_ranks(value: Any, ranks: Ranks) -> Any:
+    """The sum of a tensor over all ranks, on every rank."""
+    if ranks.size > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(value)
+    return value
+
+
 def sum_gradients(parameters: Iterable[Any], ranks: Ranks) -> None:
     """Adds up the gradients of all ranks, in one message; a parameter without a gradient counts as zero."""
     if ranks.size == 1:

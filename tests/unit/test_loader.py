@@ -1,111 +1,128 @@
-"""Latent shards and batches: exact bytes, keyed draws that no restart or batch size changes."""
+"""Batches: keyed draws and the very same samples on any number of ranks and workers, resumed anywhere."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from model_core.data.latents import LatentShard, read_latents, shard_name, write_latents
-from model_core.data.loader import Draws, LatentRows, Loader, tokens
+from model_core.data.latents import latent_group, latent_rows
+from model_core.data.loader import Batch, Budget, Draws, Loader, tokens
 from model_core.data.plan import make_plan
-from model_core.recipe import UserError
+from model_core.data.row_groups import RowGroups
+from model_core.training.distributed import Ranks
+from model_core.training.ledger import Ledger, check_ledger
+from tests.latent_sets import LatentFolder, sample_id, write_latents
 
 DRAWS = Draws((0.0, 1.0), 0.1, {"general": 0.5, "text": 0.5, "knowledge": 0.0, "structured": 0.0})
+SIZES = {"image": 23, "edit": 11}
 
 
-def shard(num: int, *, references: int = 0, kind: str = "image", shape=(2, 3), salt: int = 0) -> LatentShard:
-    generator = np.random.default_rng(salt)
-    return LatentShard(
-        sample_ids=[bytes([salt, index]) + bytes(14) for index in range(num)],
-        kinds=[kind] * num,
-        held_out=[index % 4 == 3 for index in range(num)],
-        latents=generator.standard_normal((num, 4, *shape), dtype=np.float32),
-        references=generator.standard_normal((num, references, 4, *shape), dtype=np.float32),
-        prompts={
-            "instruction": ["change it" if kind == "edit" else ""] * num,
-            **{name: [f"{name} {i}" for i in range(num)] for name in DRAWS.caption_weights},
-        },
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    root = tmp_path_factory.mktemp("latents")
+    return LatentFolder(root), write_latents(root, SIZES, shapes=((2, 3), (3, 2)), held_out=3)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    return LatentFolder(root), write_latents(root, {"image": 40}, rows_a_group=16)
+
+
+def loader(made, *, batch_size=6, draws=DRAWS, ranks=Ranks(), workers=0, budget=Budget(), kinds=("image", "edit"), seed=3) -> Loader:  # noqa: B008
+    folder, index = made
+    groups = RowGroups(folder, index, latent_group, capacity=16, say=lambda line: pytest.fail(line))
+    plan = make_plan(
+        digest=index.digest,
+        seed=seed,
+        stage="S2",
+        rows=latent_rows(index, kinds=kinds),
+        shares={kind: 1 / len(kinds) for kind in kinds},
+        batch_size=batch_size,
+        window=2,
     )
+    return Loader(groups, plan, draws, budget, ranks, workers)
 
 
-def loader(shards, *, batch_size=6, kinds=("image", "edit"), draws=DRAWS) -> Loader:
-    rows = LatentRows(shards, kinds)
-    plan = make_plan(seed=3, stage="S2", sizes=rows.sizes, shares={"image": 0.5, "edit": 0.5}, batch_size=batch_size)
-    return Loader(rows, plan, draws)
+def drawn(batch: Batch) -> list[tuple[float, str, float, float]]:
+    """What each sample of a batch meets: time, prompt, noise, latent."""
+    return [
+        (t.item(), prompt, noise.double().sum().item(), latent.double().sum().item())
+        for micro in batch.micro_batches
+        for t, prompt, noise, latent in zip(micro.t, micro.prompts, micro.noise, micro.latents, strict=True)
+    ]
 
 
-def test_a_shard_reads_back_as_it_was_written_and_equal_shards_are_equal_bytes(tmp_path):
-    written = shard(5, references=2, kind="edit")
-    for name in ("a", "b"):
-        write_latents(tmp_path / name / shard_name(written.shape, 2), written, vae_digest="v")
-    first, second = (tmp_path / name / "latents/2x3-r2.parquet" for name in ("a", "b"))
-    assert first.read_bytes() == second.read_bytes()
-    read = read_latents(first, vae_digest="v")
-    assert np.array_equal(read.latents, written.latents)
-    assert np.array_equal(read.references, written.references)
-    assert (read.sample_ids, read.kinds, read.held_out, read.prompts) == (
-        written.sample_ids,
-        written.kinds,
-        written.held_out,
-        written.prompts,
-    )
-
-
-def test_a_shard_without_references_reads_back(tmp_path):
-    write_latents(tmp_path / "x.parquet", shard(3), vae_digest="v")
-    assert read_latents(tmp_path / "x.parquet").references.shape == (3, 0, 4, 2, 3)
-
-
-def test_a_shard_made_with_another_vae_is_refused(tmp_path):
-    write_latents(tmp_path / "x.parquet", shard(3), vae_digest="one")
-    with pytest.raises(UserError, match="made with VAE one"):
-        read_latents(tmp_path / "x.parquet", vae_digest="another")
+def ids_of(batch: Batch) -> Counter:
+    return Counter((*key, sample) for key, members in batch.ids.items() for sample in members)
 
 
 def test_tokens_are_the_places_of_a_latent_row_by_row():
-    latents = np.arange(2 * 4 * 2 * 3, dtype=np.float32).reshape(2, 4, 2, 3)
-    assert torch.equal(tokens(latents)[1, 4], torch.from_numpy(latents[1, :, 1, 1]))
+    latents = torch.arange(2 * 4 * 2 * 3, dtype=torch.float32).reshape(2, 4, 2, 3)
+    assert torch.equal(tokens(latents)[1, 4], latents[1, :, 1, 1])
 
 
-@pytest.mark.filterwarnings("error")
-def test_tokens_of_a_read_only_latent_are_a_copy():
-    latents = np.zeros((1, 4, 2, 3), dtype=np.float32)
-    latents.flags.writeable = False
-    tokens(latents).fill_(1.0)
-    assert not latents.any()
+def test_a_batch_holds_its_samples_split_by_shape_and_never_a_held_out_one(small):
+    allowed = {sample_id(kind, number) for kind, size in SIZES.items() for number in range(size - 3)}
+    for number in range(12):
+        batch = loader(small).batch(number)
+        assert sum(len(micro) for micro in batch.micro_batches) == 6
+        assert {sample for members in batch.ids.values() for sample in members} <= allowed
+        for micro in batch.micro_batches:
+            assert micro.latents.shape[1:] == (micro.shape[0] * micro.shape[1], 4)
+            assert all(reference.shape == micro.latents.shape for reference in micro.references)
+            assert all((len(micro.references) == 1) == prompt.startswith("change") for prompt in micro.prompts if prompt)
 
 
-def test_a_batch_holds_its_samples_split_by_shape_and_never_a_held_out_one():
-    shards = [shard(8), shard(8, shape=(3, 2), salt=1), shard(8, references=1, kind="edit", salt=2)]
-    for number in range(6):
-        batch = loader(shards).batch(number)
-        assert sum(len(micro) for micro in batch) == 6
-        for micro in batch:
-            found = next(s for s in shards if s.shape == micro.shape and s.references.shape[1] == len(micro.references))
-            allowed = torch.stack([tokens(found.latents[[row]])[0] for row in range(8) if not found.held_out[row]])
-            assert all(any(torch.equal(latent, other) for other in allowed) for latent in micro.latents)
-
-
-def test_draws_do_not_depend_on_the_batch_size_or_on_what_came_before():
-    shards = [shard(8), shard(8, references=1, kind="edit", salt=2)]
-
+def test_draws_do_not_depend_on_the_batch_size_or_on_what_came_before(small):
     def draws(batch_size: int, numbers) -> list:
-        found = []
-        for number in numbers:
-            for micro in loader(shards, batch_size=batch_size).batch(number):
-                found += [
-                    (t.item(), prompt, noise.sum().item()) for t, prompt, noise in zip(micro.t, micro.prompts, micro.noise, strict=True)
-                ]
-        return sorted(found)
+        return sorted(sample for number in numbers for sample in drawn(loader(small, batch_size=batch_size).batch(number)))
 
     assert draws(4, range(6)) == draws(12, range(2))
     assert draws(4, [5]) == draws(4, [5])
 
 
-def test_prompts_are_dropped_captioned_and_instructed_in_their_shares():
-    shards = [shard(40), shard(40, references=1, kind="edit", salt=2)]
-    prompts = [prompt for number in range(100) for micro in loader(shards, batch_size=20).batch(number) for prompt in micro.prompts]
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=5),
+    st.integers(1, 13),
+    st.integers(0, 3),
+)
+def test_attempts_that_die_and_resume_on_other_ranks_use_the_undisturbed_runs_samples(small, attempts, batch_size, lost):
+    """Each attempt: (ranks, workers, batches until it dies); the last `lost` batches before a death were not checkpointed."""
+    whole = loader(small, batch_size=batch_size)
+    ledger, done = Ledger(), 0
+    for size, workers, length in attempts:
+        state = ledger.state_dict()
+        streams = [loader(small, batch_size=batch_size, ranks=Ranks(rank, size), workers=workers) for rank in range(size)]
+        kept = max(0, length - lost)
+        for number, batches in enumerate(zip(*(stream.stream(done, done + length) for stream in streams), strict=True), done):
+            undisturbed = whole.batch(number)
+            assert sum((ids_of(batch) for batch in batches), Counter()) == ids_of(undisturbed)
+            assert sorted(sample for batch in batches for sample in drawn(batch)) == sorted(drawn(undisturbed))
+            if number < done + kept:
+                joined: dict = {}
+                for batch in batches:
+                    for key, members in batch.ids.items():
+                        joined.setdefault(key, []).extend(members)
+                ledger.add(joined)
+        ledger.join(Ranks())
+        done += kept
+        state = ledger.state_dict()
+        ledger = Ledger()
+        ledger.load_state_dict(state)
+    assert len(ledger.steps) == done
+    assert check_ledger(ledger, whole.plan, whole.groups) == []
+
+
+def test_prompts_are_dropped_captioned_and_instructed_in_their_shares(tmp_path):
+    made = LatentFolder(tmp_path), write_latents(tmp_path, {"image": 40, "edit": 40})
+    it = loader(made, batch_size=20)
+    prompts = [prompt for number in range(100) for micro in it.batch(number).micro_batches for prompt in micro.prompts]
     share = {word: sum(prompt.startswith(word) for prompt in prompts) / len(prompts) for word in ("general", "text", "knowledge", "change")}
     assert share["knowledge"] == 0
     assert share["change"] == pytest.approx(0.45, abs=0.03)
@@ -113,13 +130,57 @@ def test_prompts_are_dropped_captioned_and_instructed_in_their_shares():
     assert sum(prompt == "" for prompt in prompts) / len(prompts) == pytest.approx(0.1, abs=0.03)
 
 
-def test_prompts_do_not_depend_on_the_order_in_which_the_recipe_lists_its_caption_types():
+def test_prompts_do_not_depend_on_the_order_in_which_the_recipe_lists_its_caption_types(pictures):
     backwards = dataclasses.replace(DRAWS, caption_weights=dict(reversed(DRAWS.caption_weights.items())))
-    drawn = [[micro.prompts for number in range(20) for micro in loader([shard(40)], draws=it).batch(number)] for it in (DRAWS, backwards)]
-    assert drawn[0] == drawn[1]
+    prompts = [
+        [micro.prompts for number in range(20) for micro in loader(pictures, draws=it, kinds=("image",)).batch(number).micro_batches]
+        for it in (DRAWS, backwards)
+    ]
+    assert prompts[0] == prompts[1]
 
 
-def test_times_follow_the_logit_normal_distribution():
-    times = torch.cat([micro.t for number in range(100) for micro in loader([shard(40)], batch_size=20, kinds=("image",)).batch(number)])
+def test_times_follow_the_logit_normal_distribution(pictures):
+    it = loader(pictures, batch_size=20, kinds=("image",))
+    times = torch.cat([micro.t for number in range(100) for micro in it.batch(number).micro_batches])
     assert times.quantile(0.5).item() == pytest.approx(0.5, abs=0.03)
     assert times.quantile(0.25).item() == pytest.approx(0.3375, abs=0.03)
+
+
+def test_micro_batches_keep_the_token_budget_and_the_share_of_useful_tokens(pictures):
+    it = loader(pictures, batch_size=32, kinds=("image",), budget=Budget(tokens=60, useful=0.95))
+    for number in range(10):
+        batch = it.batch(number)
+        assert batch.tokens >= 0.95 * batch.padded_tokens
+        assert sum(len(micro) for micro in batch.micro_batches) == 32
+        assert all(len(micro) * 6 <= 60 for micro in batch.micro_batches)
+    assert len(loader(pictures, batch_size=32, kinds=("image",)).batch(0).micro_batches) == 1
+
+
+def test_a_row_group_is_read_once_an_epoch(pictures):
+    it = loader(pictures, batch_size=8, kinds=("image",), workers=2)
+    for _ in it.stream(0, 5):
+        pass
+    assert it.groups.num_reads == len(pictures[1]) == 3
+
+
+def test_time_spent_waiting_is_told(small, monkeypatch):
+    it = loader(small, workers=1)
+    monkeypatch.setattr(Loader, "batch", lambda self, number: [number, __import__("time").sleep(0.05)][0])
+    assert list(it.stream(0, 3)) == [0, 1, 2]
+    assert it.waited.seconds > 0.04
+
+
+def test_an_error_in_a_worker_reaches_the_training_loop(small, monkeypatch):
+    def broken(self: Loader, number: int) -> Batch:
+        if number == 2:
+            raise RuntimeError("worker of batch 2")
+        return Batch([], {}, 0, 0, 0)
+
+    monkeypatch.setattr(Loader, "batch", broken)
+    with pytest.raises(RuntimeError, match="batch 2"):
+        list(loader(small, workers=2).stream(0, 5))
+
+
+def test_noise_is_standard_normal(pictures):
+    noise = torch.cat([micro.noise.flatten() for number in range(60) for micro in loader(pictures, kinds=("image",)).batch(number).micro_batches])
+    assert np.abs([noise.mean().item(), noise.std().item() - 1]).max() < 0.03

@@ -1,12 +1,13 @@
 """Raw shards: what is written comes back, equal rows give equal bytes, and damage is found."""
 
-import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from model_core.data.index import read_index
 from model_core.data.shards import (
     FORMAT,
     LocalFolder,
@@ -28,6 +29,12 @@ def picture(index: int) -> Image.Image:
     return Image.new("RGB", (20, 16), (index % 256, index // 256, 7))
 
 
+def shard(root: Path) -> Path:
+    """The one shard of a folder."""
+    (path,) = (root / "shards").iterdir()
+    return path
+
+
 def rows(num: int) -> list[RawRow]:
     return [make_row(picture(index), kind="image", caption=f"picture {index}", provenance=f"p/{index}") for index in range(num)]
 
@@ -44,22 +51,24 @@ def test_equal_rows_give_equal_bytes(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write_rows(tmp_path / name, rows(5))
-    assert (tmp_path / "a/shards/part-00000.parquet").read_bytes() == (tmp_path / "b/shards/part-00000.parquet").read_bytes()
+    names = [sorted(path.name for path in (tmp_path / name / "shards").iterdir()) for name in ("a", "b")]
+    assert names[0] == names[1]
+    assert shard(tmp_path / "a").read_bytes() == shard(tmp_path / "b").read_bytes()
 
 
 def test_rows_are_split_into_row_groups_and_shards_by_their_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr("model_core.data.shards.ROW_GROUP_BYTES", 300)
-    monkeypatch.setattr("model_core.data.shards.SHARD_BYTES", 1000)
+    monkeypatch.setattr("model_core.data.shard_writer.SHARD_BYTES", 1000)
     written = rows(40)
     write_rows(tmp_path, written)
-    index = json.loads((tmp_path / "index.json").read_text())
-    assert len(index["shards"]) > 1
-    assert index["rows"] == sum(shard["rows"] for shard in index["shards"]) == 40
-    assert pq.ParquetFile(tmp_path / index["shards"][0]["path"]).num_row_groups > 1
+    index = read_index(LocalFolder(tmp_path))
+    assert len(index.paths) > 1
+    assert index.num_rows == 40
+    assert pq.ParquetFile(tmp_path / index.paths[0]).num_row_groups > 1
     assert list(read_rows(LocalFolder(tmp_path))) == written
 
 
-def test_an_empty_set_is_one_empty_shard(tmp_path):
+def test_an_empty_set_is_an_empty_index(tmp_path):
     assert write_rows(tmp_path, []) == 0
     assert list(read_rows(LocalFolder(tmp_path))) == []
 
@@ -73,21 +82,21 @@ def test_chosen_columns_leave_the_others_at_their_defaults(tmp_path):
 
 def test_files_carry_page_checksums_and_a_flipped_byte_is_found(tmp_path):
     write_rows(tmp_path, rows(4))
-    shard = tmp_path / "shards/part-00000.parquet"
-    data = bytearray(shard.read_bytes())
+    file = shard(tmp_path)
+    data = bytearray(file.read_bytes())
     place = data.index(b"\x89PNG") + 30
     data[place] ^= 1
-    shard.write_bytes(bytes(data))
+    file.write_bytes(bytes(data))
     with pytest.raises(OSError, match="(?i)crc"):
         list(read_rows(LocalFolder(tmp_path)))
 
 
 def test_another_format_is_refused(tmp_path):
     write_rows(tmp_path, rows(1))
-    shard = tmp_path / "shards/part-00000.parquet"
-    table = pq.read_table(shard)
+    file = shard(tmp_path)
+    table = pq.read_table(file)
     assert table.schema.metadata[b"format"] == FORMAT
-    pq.write_table(table.replace_schema_metadata({"format": "darkroom-raw-0"}), shard)
+    pq.write_table(table.replace_schema_metadata({"format": "darkroom-raw-0"}), file)
     with pytest.raises(UserError, match="found shard format b'darkroom-raw-0'"):
         list(read_rows(LocalFolder(tmp_path)))
 

@@ -158,9 +158,9 @@ def test_curves_hold_a_point_for_the_end(context_of: Callable[..., StepContext])
 def test_a_batch_of_pictures_as_high_as_the_crop_holds_their_own_pixels_at_keyed_places() -> None:
     noise = Image.fromarray(keyed_generator("noise").integers(256, size=(32, 160, 3), dtype=np.uint8))
     config = recipe(batch_size=8).vae
-    drawn = batch([encode_image(noise)], step=3, config=config, seed=0)
+    drawn = batch([encode_image(noise)], range(config.batch_size), step=3, config=config, seed=0)
     assert drawn.shape == (8, 3, 32, 32)
-    assert torch.equal(drawn, batch([encode_image(noise)], step=3, config=config, seed=0))
+    assert torch.equal(drawn, batch([encode_image(noise)], range(config.batch_size), step=3, config=config, seed=0))
     windows = np.lib.stride_tricks.sliding_window_view(np.array(noise), (32, 32, 3))[:, :, 0].reshape(-1, 32, 32, 3)
     crops = ((drawn + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     places = [np.flatnonzero((windows == crop).all(axis=(1, 2, 3))) for crop in crops]
@@ -170,7 +170,7 @@ def test_a_batch_of_pictures_as_high_as_the_crop_holds_their_own_pixels_at_keyed
 
 def test_large_pictures_are_seen_at_scales_between_the_whole_and_their_own_pixels() -> None:
     ramp = Image.linear_gradient("L").resize((128, 128)).convert("RGB")
-    drawn = batch([encode_image(ramp)], step=0, config=recipe(batch_size=64).vae, seed=0)
+    drawn = batch([encode_image(ramp)], range(64), step=0, config=recipe(batch_size=64).vae, seed=0)
     spans = (drawn.amax(dim=(1, 2, 3)) - drawn.amin(dim=(1, 2, 3))) / 2
     assert 0.2 < spans.min() < 0.35
     assert 0.8 < spans.max() <= 1.0
@@ -178,7 +178,7 @@ def test_large_pictures_are_seen_at_scales_between_the_whole_and_their_own_pixel
 
 def test_small_pictures_are_scaled_to_cover_the_crop() -> None:
     picture = encode_image(Image.new("RGB", (20, 50), (255, 0, 0)))
-    assert torch.equal(batch([picture], step=0, config=recipe().vae, seed=0)[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+    assert torch.equal(batch([picture], range(1), step=0, config=recipe().vae, seed=0)[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:

@@ -1,0 +1,22 @@
+"""On what, and of what, a measurement was taken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+
+def machine() -> dict[str, object]:
+    """Commit, time, command, cores and memory, for the first line of a result."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+    gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "commit": commit.strip(),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "cores": len(os.sched_getaffinity(0)),
+        "gibibytes": round(gibibytes, 1),
+    }

@@ -1,0 +1,45 @@
+"""`python -m model_core.torchrun N STEP ...`: the step `python -m model_core STEP ...` as N ranks of this machine.
+
+torchrun starts and watches the ranks, and ends all when one fails. It gives back 1 whatever the cause: here the exit code of
+the first rank that failed is kept, which tells a caller whether a second try makes sense.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+INFRASTRUCTURE = 20  # exit code: run it again
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the ranks to their end; returns 0, or the exit code of the first that failed: 20 when a signal ended it."""
+    num, *step = arguments
+    try:
+        torchrun(["--standalone", "--nproc-per-node", num, "--module", "model_core", *step])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        print(f"rank {rank} was killed by signal {-failure.exitcode}", file=sys.stderr, flush=True)
+        return INFRASTRUCTURE
+    except SignalException:  # SIGTERM, which the ranks have been given too
+        return INFRASTRUCTURE
+    return 0
+
+
+def die_with_launcher() -> None:
+    """To be called in a rank: the kernel kills it when torchrun dies, so that none trains on by itself (Linux)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
