@@ -32,13 +32,10 @@ from model_core.steps.registry import STEPS, StepSpec, step_spec
 from model_core.storage import StorageError, open_storage
 from model_core.tracking.spool import Tracker, open_tracker
 from model_core.training.checkpoint import CheckpointStore
+from model_core.training.stopping import Stopped
 from model_core.workspace import CHECKPOINTS, Address, InputFolder, StepResult, Workspace, check_inputs, step_key
 
 DONE, CONFIGURATION, INFRASTRUCTURE, FAILED = 0, 10, 20, 30
-
-
-class Stopped(Exception):
-    """SIGTERM: the platform wants the machine back."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,7 +122,12 @@ def run_step(
                         inputs={name: InputFolder(parent, site=site) for name, parent in inputs.items()},
                         output=workspace.output_folder(address),
                         scratch=_folder(site.scratch_folder / "steps" / address.prefix),
-                        checkpoints=CheckpointStore(workspace.storage, f"{address.prefix}/{CHECKPOINTS}", progress.say),
+                        checkpoints=CheckpointStore(
+                            workspace.storage,
+                            f"{address.prefix}/{CHECKPOINTS}",
+                            say=progress.say,
+                            scratch=site.scratch_folder / "steps" / address.prefix,
+                        ),
                         tracker=tracker,
                         progress=progress,
                     )

@@ -22,7 +22,7 @@ from model_core.data.plan import make_plan
 from model_core.models.condition import ConditionEncoder, load_encoder
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
-from model_core.training.checkpoint import Stateful, states_of
+from model_core.training.checkpoint import Stateful
 from model_core.training.curves import Curves
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
@@ -57,7 +57,8 @@ def run(context: StepContext) -> dict[str, Any]:
     )
     curves = Curves("loss", "grad_norm")
     stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
-    first = context.checkpoints.restore(stateful)
+    restored = context.checkpoints.restore(stateful)
+    first = restored.step if restored else 0
 
     began, data_seconds = time.monotonic(), 0.0
     for step in range(first, stage.steps):
@@ -73,7 +74,7 @@ def run(context: StepContext) -> dict[str, Any]:
             point = curves.close(done)
             context.tracker.metrics({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"]}, step=done)
         if done % recipe.checkpoint_every_steps == 0 and done < stage.steps:
-            context.checkpoints.save(done, states_of(stateful))
+            context.checkpoints.save(done, stateful, notes={})
         context.progress.update(done, stage.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
 

@@ -28,7 +28,7 @@ from model_core.models.teacher import OrientedEdges
 from model_core.models.vae import ResidualVAE, load_vae, save_vae
 from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss
 from model_core.recipe import VAE, UserError
-from model_core.training.checkpoint import Stateful, states_of
+from model_core.training.checkpoint import Stateful
 from model_core.training.curves import Curves
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
@@ -58,7 +58,8 @@ def run(context: StepContext) -> dict[str, Any]:
     )
     curves = Curves("loss", "l1", "mse", "edge", "align", "grad_norm")
     stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
-    first = context.checkpoints.restore(stateful)
+    restored = context.checkpoints.restore(stateful)
+    first = restored.step if restored else 0
 
     began, batch_seconds = time.monotonic(), 0.0
     for step in range(first, config.steps):
@@ -75,7 +76,7 @@ def run(context: StepContext) -> dict[str, Any]:
             point = curves.close(done)
             context.tracker.metrics({f"train/{name}": value for name, value in point.items() if name != "step"}, step=done)
         if done % config.checkpoint_every_steps == 0 and done < config.steps:
-            context.checkpoints.save(done, states_of(stateful))
+            context.checkpoints.save(done, stateful, notes={})
         context.progress.update(done, config.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
 

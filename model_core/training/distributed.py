@@ -22,6 +22,7 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    group: Any = None  # the process group they talk through; None: torch.distributed's own
 
     @property
     def is_first(self) -> bool:
@@ -35,7 +36,7 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_first(self, value: Value | None) -> Value:
