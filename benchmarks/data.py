@@ -122,7 +122,9 @@ def say(measurement: str, **figures: object) -> None:
 def local_reading(root: Path, index: Index) -> None:
     """Row groups in the plan's order from local files, against bare pyarrow in the files' order."""
     num_bytes = sum(index[number].length for number in range(len(index)))
-    order = list(dict.fromkeys(group for number in range(index.num_rows // BATCH) for group in plan_of(index).batch(number).groups.tolist()))
+    order = list(
+        dict.fromkeys(group for number in range(index.num_rows // BATCH) for group in plan_of(index).batch(number).groups.tolist())
+    )
 
     def bare() -> None:
         for path in index.paths:
@@ -292,7 +294,11 @@ def _captioned(root: Path, side: int, *, num: int) -> Index:
     for number, length in enumerate(lengths.tolist()):
         prompts = dict.fromkeys(PROMPTS, "x")
         row = LatentRow(
-            sample_id=number.to_bytes(16, "big"), latent=latent, references=[], prompts=prompts, prompt_tokens=dict.fromkeys(PROMPTS, length)
+            sample_id=number.to_bytes(16, "big"),
+            latent=latent,
+            references=[],
+            prompts=prompts,
+            prompt_tokens=dict.fromkeys(PROMPTS, length),
         )
         writer.add(Bucket(TRAIN, "image", side, side, 0), row)
     say("log-normal captions", mean_tokens=round(float(lengths.mean()), 1), max_tokens=int(lengths.max()))

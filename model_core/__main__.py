@@ -32,13 +32,11 @@ from model_core.steps.registry import STEPS, StepSpec, step_spec
 from model_core.storage import StorageError, open_storage
 from model_core.tracking.spool import Tracker, open_tracker
 from model_core.training.checkpoint import CheckpointStore
+from model_core.training.distributed import Ranks, die_with_launcher, join_ranks
+from model_core.training.stopping import Stopped
 from model_core.workspace import CHECKPOINTS, Address, InputFolder, StepResult, Workspace, check_inputs, step_key
 
 DONE, CONFIGURATION, INFRASTRUCTURE, FAILED = 0, 10, 20, 30
-
-
-class Stopped(Exception):
-    """SIGTERM: the platform wants the machine back."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,19 +51,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="where to put the manifest of the result")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _stop)
+    die_with_launcher()
     try:
         site = load_site(options.site)
         recipe = load_recipe(options.recipe)
         inputs = dict(_input(text, site) for text in options.input)
-        run_step(
-            step_spec(options.step),
-            recipe,
-            site,
-            run=check_run_name(options.run),
-            stage=options.stage,
-            inputs=inputs,
-            output=options.output,
-        )
+        spec, run = step_spec(options.step), check_run_name(options.run)
+        check_inputs(spec, stage=options.stage, recipe=recipe, inputs=inputs)
+        _check_processes(spec)
+        _set_threads(site.launch.profile(spec.name).threads)
+        with join_ranks() as ranks:
+            if ranks.is_first:
+                run_step(spec, recipe, site, run=run, stage=options.stage, inputs=inputs, output=options.output, ranks=ranks)
+            else:
+                follow_step(spec, recipe, site, run=run, stage=options.stage, inputs=inputs, ranks=ranks)
     except UserError as error:
         print(f"{options.step}: {error}", file=sys.stderr, flush=True)
         return CONFIGURATION
@@ -79,10 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_step(
-    spec: StepSpec, recipe: Recipe, site: Site, *, run: str, stage: str | None, inputs: dict[str, Manifest], output: Path
+    spec: StepSpec, recipe: Recipe, site: Site, *, run: str, stage: str | None, inputs: dict[str, Manifest], output: Path, ranks: Ranks
 ) -> Manifest:
-    """Does one step, or finds it done, and copies its manifest to `output`. Keeps the run's record up to date."""
-    check_inputs(spec, stage=stage, recipe=recipe, inputs=inputs)
+    """Does one step, or finds it done, and copies its manifest to `output`. Keeps the run's record up to date.
+
+    Of several ranks the first calls this: it claims, reports and commits. The others call `follow_step`.
+    """
     began, started_at = time.monotonic(), datetime.now(UTC).isoformat()
     workspace = Workspace(site)
     sources = None
@@ -115,26 +116,28 @@ def run_step(
             )
             if claim is not None:
                 with claim:
-                    _set_threads(site.launch.profile(spec.name).threads)
-                    context = StepContext(
+                    ranks.from_first(True)
+                    context = _context(
+                        workspace,
+                        address,
                         recipe=recipe,
-                        site=site,
-                        stage=stage,
                         run=run,
-                        key=address.key,
-                        inputs={name: InputFolder(parent, site=site) for name, parent in inputs.items()},
+                        inputs=inputs,
                         output=workspace.output_folder(address),
-                        scratch=_folder(site.scratch_folder / "steps" / address.prefix),
-                        checkpoints=CheckpointStore(workspace.storage, f"{address.prefix}/{CHECKPOINTS}", progress.say),
                         tracker=tracker,
                         progress=progress,
+                        ranks=ranks,
                     )
                     stats = importlib.import_module(f"model_core.steps.{spec.name}").run(context)
                     result = StepResult(stats=stats, code=code_version(), mlflow=TrackedRun(run_id=tracker.run_id()))
                     manifest = workspace.commit(address, context.output, spec=spec, recipe=recipe, inputs=inputs, result=result)
                     context.checkpoints.clear()
                     shutil.rmtree(context.scratch)
+            else:
+                ranks.from_first(False)
             manifest = manifest or workspace.find(address)
+        else:
+            ranks.from_first(False)
         assert manifest is not None, "acquire returns None only when the manifest exists"
         tracker.params({path: section(recipe, path) for path in (part.format(stage=stage) for part in spec.sections)})
         _report(tracker, manifest, inputs=inputs, reused=reused)
@@ -148,6 +151,70 @@ def run_step(
     tracker.end("FINISHED")
     progress.say(f"{'reused' if reused else 'done'} in {time.monotonic() - began:.1f} s: {uri}")
     return manifest
+
+
+def follow_step(
+    spec: StepSpec, recipe: Recipe, site: Site, *, run: str, stage: str | None, inputs: dict[str, Manifest], ranks: Ranks
+) -> None:
+    """What a rank other than the first does: the step's work, if the first says that there is some, and no reports."""
+    has_work: bool = ranks.from_first(None)
+    if not has_work:
+        return
+    workspace = Workspace(site)
+    address = Address(spec.name, stage, step_key(spec, recipe, stage=stage, inputs=inputs))
+    tracker = open_tracker(site.spool_folder, run=run, step=spec.name, stage=stage, key=address.key, experiment=site.tracking.experiment)
+    context = _context(
+        workspace,
+        address,
+        recipe=recipe,
+        run=run,
+        inputs=inputs,
+        output=site.scratch_folder / "steps" / address.prefix / f"rank-{ranks.rank}",
+        tracker=tracker,
+        progress=Progress(f"rank {ranks.rank}"),
+        ranks=ranks,
+    )
+    importlib.import_module(f"model_core.steps.{spec.name}").run(context)
+    context.checkpoints.clear()
+
+
+def _context(
+    workspace: Workspace,
+    address: Address,
+    *,
+    recipe: Recipe,
+    run: str,
+    inputs: dict[str, Manifest],
+    output: Path,
+    tracker: Tracker,
+    progress: Progress,
+    ranks: Ranks,
+) -> StepContext:
+    """What this process is given to work with."""
+    site = workspace.site
+    scratch = _folder(site.scratch_folder / "steps" / address.prefix)
+    return StepContext(
+        recipe=recipe,
+        site=site,
+        stage=address.stage,
+        run=run,
+        key=address.key,
+        inputs={name: InputFolder(parent, site=site) for name, parent in inputs.items()},
+        output=output,
+        scratch=scratch,
+        checkpoints=CheckpointStore(
+            workspace.storage,
+            f"{address.prefix}/{CHECKPOINTS}",
+            say=progress.say,
+            scratch=scratch,
+            ranks=ranks,
+            keep_every_steps=recipe.mmdit.keep_every_steps if address.step == "train_mmdit" else None,
+        ),
+        tracker=tracker,
+        progress=progress,
+        ranks=ranks,
+        loader_workers=site.launch.profile(address.step).loader_workers,
+    )
 
 
 def code_version() -> Code:
@@ -202,6 +269,13 @@ def _input(text: str, site: Site) -> tuple[str, Manifest]:
         return name, parse_manifest(Path(place).read_bytes(), place)
     except OSError as error:
         raise UserError(f"--input {name}: {place} cannot be read ({error.strerror})") from error
+
+
+def _check_processes(spec: StepSpec) -> None:
+    num = int(os.environ.get("WORLD_SIZE", "1"))
+    if num > 1 and not spec.parallel:
+        parallel = ", ".join(name for name, other in STEPS.items() if other.parallel)
+        raise UserError(f"launch profile of {spec.name}: found {num} processes; allowed is 1, only {parallel} take more")
 
 
 def _set_threads(threads: int | None) -> None:

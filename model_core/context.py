@@ -11,7 +11,7 @@ from model_core.recipe import Recipe
 from model_core.site import Site
 from model_core.tracking.spool import Tracker
 from model_core.training.checkpoint import CheckpointStore
-from model_core.training.distributed import Ranks
+from model_core.training.distributed import ALONE, Ranks
 from model_core.workspace import InputFolder
 
 
@@ -34,7 +34,7 @@ class StepContext:
     checkpoints: CheckpointStore
     tracker: Tracker
     progress: Progress
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
     loader_workers: int = 0
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:

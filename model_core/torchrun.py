@@ -6,9 +6,7 @@ the first rank that failed is kept, which tells a caller whether a second try ma
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -16,12 +14,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 INFRASTRUCTURE = 20  # exit code: run it again
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(arguments: list[str]) -> int:
     """Runs the ranks to their end; returns 0, or the exit code of the first that failed: 20 when a signal ended it."""
     num, *step = arguments
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(num))))
     try:
         torchrun(["--standalone", "--nproc-per-node", num, "--module", "model_core", *step])
     except ChildFailedError as error:
@@ -33,12 +31,6 @@ def main(arguments: list[str]) -> int:
     except SignalException:  # SIGTERM, which the ranks have been given too
         return INFRASTRUCTURE
     return 0
-
-
-def die_with_launcher() -> None:
-    """To be called in a rank: the kernel kills it when torchrun dies, so that none trains on by itself (Linux)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def row(kind: str, number: int, *, shape: tuple[int, int] = (2, 3), num_referenc
         latent=torch.randn(CHANNELS, *shape, generator=generator),
         references=[torch.randn(CHANNELS, *shape, generator=generator) for _ in range(num_references)],
         prompts=prompts,
-        prompt_tokens={name: 1 + number % 7 for name in PROMPTS},
+        prompt_tokens=dict.fromkeys(PROMPTS, 1 + number % 7),
     )
 
 

@@ -22,7 +22,7 @@ from model_core.data.latents import LatentGroup, floats
 from model_core.data.plan import Plan
 from model_core.data.row_groups import RowGroups
 from model_core.objectives.flow import logit_normal
-from model_core.training.distributed import Ranks
+from model_core.training.distributed import ALONE, Ranks
 
 BATCHES_AHEAD = 4
 
@@ -93,7 +93,7 @@ class Loader:
     plan: Plan
     draws: Draws
     budget: Budget = Budget()
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
     workers: int = 0
     waited: Waited = field(default_factory=Waited)
 

@@ -86,7 +86,7 @@ class Plan:
         groups, rows, epochs = (np.empty(len(numbers), dtype=np.int64) for _ in range(3))
         for index, kind in enumerate(self.kinds):
             mine = np.flatnonzero(kinds == index)
-            epochs[mine], places = np.divmod(positions[mine], self.rows[kind].total)
+            epochs[mine] = positions[mine] // self.rows[kind].total
             for epoch in np.unique(epochs[mine]):
                 here = mine[epochs[mine] == epoch]
                 groups[here], rows[here] = self.locate(kind, int(epoch), positions[here] - epoch * self.rows[kind].total)

@@ -67,7 +67,7 @@ class RowGroups(Generic[Group]):
         if mine:
             try:
                 future.set_result(self._fetch(number))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - raised again by future.result() below
                 with self._lock:
                     self._groups.pop(number, None)
                 future.set_exception(error)
@@ -145,7 +145,7 @@ class _Span(io.RawIOBase):
     def tell(self) -> int:
         return self._place
 
-    def read(self, size: int = -1) -> memoryview:  # type: ignore[override] # pyarrow takes any buffer, without a copy
+    def read(self, size: int = -1) -> memoryview:  # pyarrow takes any buffer, without a copy
         begin = self._place - self._start
         assert begin >= 0, "a reader with the footer at hand reads nothing before the row group"
         piece = self._data[begin:] if size < 0 else self._data[begin : begin + size]

@@ -14,7 +14,8 @@ class StepSpec:
 
     `version` is raised when the step's result changes for the same inputs. `sections` are the dotted recipe paths that
     the step reads, `{stage}` standing for its stage: they and nothing else of the recipe enter its key. `optional`
-    inputs may be absent. `sources` says that the step's key also depends on what the recipe's data sources hold now.
+    inputs may be absent. `sources` says that the step's key also depends on what the recipe's data sources hold now, `parallel`
+    that several processes may do it together.
     """
 
     name: str
@@ -25,6 +26,7 @@ class StepSpec:
     optional: tuple[str, ...] = ()
     staged: bool = False
     sources: bool = False
+    parallel: bool = False
 
 
 RAW = ("images", "text_images", "edits")
@@ -53,7 +55,7 @@ STEPS: dict[str, StepSpec] = {
             inputs=("captions", "edits"),
             kind="model",
         ),
-        StepSpec(name="train_vae", version=2, sections=("seed", "vae"), inputs=("kept", *RAW), kind="model"),
+        StepSpec(name="train_vae", version=2, sections=("seed", "vae"), inputs=("kept", *RAW), kind="model", parallel=True),
         StepSpec(
             name="encode_latents",
             version=2,
@@ -85,6 +87,7 @@ STEPS: dict[str, StepSpec] = {
             optional=("previous",),
             kind="model",
             staged=True,
+            parallel=True,
         ),
         StepSpec(
             name="evaluate_model",

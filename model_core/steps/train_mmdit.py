@@ -32,7 +32,7 @@ from model_core.training.ema import ema_of, update_ema
 from model_core.training.ledger import FILE_NAME as LEDGER
 from model_core.training.ledger import Ledger, LedgerError, check_ledger, plan_document
 from model_core.training.optim import Optimizer
-from model_core.training.stopping import Stopped, deferred_stop
+from model_core.training.stopping import Stopped, noting_sigterm
 from model_core.training.validation import validation_loss
 
 LOG_EVERY_STEPS = 20
@@ -47,7 +47,12 @@ def run(context: StepContext) -> dict[str, Any]:
     index, made, channels = open_latents(context.inputs["latents"], encoder=context.inputs["encoder"].manifest.content_digest)
     groups = open_groups(context, index)
     plan = stage_plan(context, index)
-    draws = Draws(recipe.logit_normal, recipe.uncond_dropout, dict(recipe.caption_weights), encoder.num_tokens(""))
+    draws = Draws(
+        recipe.logit_normal,
+        recipe.uncond_dropout,
+        {str(name): weight for name, weight in recipe.caption_weights.items()},
+        encoder.num_tokens(""),
+    )
     budget = Budget(recipe.micro_batch_tokens, recipe.useful_token_share)
     loader = Loader(groups, plan, draws, budget, ranks, workers=context.loader_workers)
 
@@ -71,7 +76,7 @@ def run(context: StepContext) -> dict[str, Any]:
         context.checkpoints.save(step, stateful, notes=notes)
 
     began = time.monotonic()
-    with deferred_stop() as stop:
+    with noting_sigterm() as stop:
         for step, batch in enumerate(loader.stream(first, stage.steps), first):
             loss = sum_over_ranks(backward(model, encoder, batch.micro_batches, batch_size=stage.batch_size), ranks)
             sum_gradients(model.parameters(), ranks)
@@ -92,7 +97,6 @@ def run(context: StepContext) -> dict[str, Any]:
                 raise Stopped(f"told to stop after step {done}, which is saved; the same command goes on from there")
             context.show(done, stage.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
-    context.checkpoints.wait()
 
     ledger.join(ranks, list(groups.quarantined))
     if not ranks.is_first:

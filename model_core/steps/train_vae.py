@@ -33,7 +33,7 @@ from model_core.training.curves import Curves
 from model_core.training.distributed import sum_gradients, sum_over_ranks
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
-from model_core.training.stopping import Stopped, deferred_stop
+from model_core.training.stopping import Stopped, noting_sigterm
 
 LOG_EVERY_STEPS = 20
 BETAS = (0.9, 0.99)
@@ -65,7 +65,7 @@ def run(context: StepContext) -> dict[str, Any]:
     share = ranks.share(config.batch_size)
 
     began, batch_seconds = time.monotonic(), 0.0
-    with deferred_stop() as stop:
+    with noting_sigterm() as stop:
         for step in range(first, config.steps):
             fetched = time.monotonic()
             images = batch(pictures, share, step=step, config=config, seed=seed)
@@ -92,7 +92,6 @@ def run(context: StepContext) -> dict[str, Any]:
                 raise Stopped(f"told to stop after step {done}, which is saved; the same command goes on from there")
             context.show(done, config.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
-    context.checkpoints.wait()
     if not ranks.is_first:
         return {}
 

@@ -14,4 +14,4 @@ class ConflictError(StorageError):
 
 
 class CorruptError(StorageError):
-    """The object's bytes are not those that were written: it is cut off, or its sha256 is another one."""
+    """The bytes are not the promised ones: another sha256, or another size."""

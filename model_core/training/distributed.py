@@ -5,11 +5,16 @@ Models know nothing of this: gradients are summed from outside, after the backwa
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Value = TypeVar("Value")
 
@@ -22,6 +27,7 @@ class Ranks:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    group: Any = None  # the process group they talk through; None: torch.distributed's own
 
     @property
     def is_first(self) -> bool:
@@ -35,7 +41,7 @@ class Ranks:
         import torch.distributed as dist
 
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_first(self, value: Value | None) -> Value:
@@ -47,12 +53,15 @@ class Ranks:
         return range(self.rank * num // self.size, (self.rank + 1) * num // self.size)
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """Joins the process group that torchrun's environment describes, and leaves it; without one, this process is alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks()
+        yield ALONE
         return
     import torch
     import torch.distributed as dist
@@ -62,6 +71,12 @@ def join_ranks() -> Iterator[Ranks]:
         yield Ranks(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     finally:
         dist.destroy_process_group()
+
+
+def die_with_launcher() -> None:
+    """To be called in a rank: the kernel kills it when torchrun dies, so that none trains on by itself (Linux)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def sum_over_ranks(value: Any, ranks: Ranks) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from model_core.data.index import ID_BYTES, sum_ids
-from model_core.data.plan import Plan, kind_counts
 from model_core.data.latents import LatentGroup
+from model_core.data.plan import Plan, kind_counts
 from model_core.data.row_groups import RowGroups
 from model_core.training.distributed import Ranks
 

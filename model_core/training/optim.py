@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 
 def warmup_lr(step: int, *, lr: float, warmup_steps: int) -> float:
@@ -15,12 +16,13 @@ def warmup_lr(step: int, *, lr: float, warmup_steps: int) -> float:
 
 
 def decay_groups(parameters: Iterable[nn.Parameter], *, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices and filters decay, vectors (norm scales, biases) do not."""
+    """Parameter groups: matrices and filters decay, vectors (norm scales, biases) do not. None is empty."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
     ]
+    return [group for group in groups if group["params"]]
 
 
 class Optimizer:
@@ -29,6 +31,7 @@ class Optimizer:
     def __init__(
         self, model: nn.Module, *, lr: float, warmup_steps: int, betas: tuple[float, float], weight_decay: float, grad_clip: float
     ) -> None:
+        self._model = model
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._adamw = torch.optim.AdamW(decay_groups(self._parameters, weight_decay=weight_decay), lr=lr, betas=betas, fused=True)
         self._lr, self._warmup_steps, self._grad_clip = lr, warmup_steps, grad_clip
@@ -43,9 +46,9 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments of every parameter."""
-        return self._adamw.state_dict()
+        """Moments of every parameter, by the parameter's name in the model: they can be taken up at any world size."""
+        return get_optimizer_state_dict(self._model, self._adamw)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up the moments that `state_dict` gave."""
-        self._adamw.load_state_dict(state)
+        """Takes up the moments that `state_dict` gave. A parameter that has never had a gradient has none, and may stay so."""
+        set_optimizer_state_dict(self._model, self._adamw, state, options=StateDictOptions(strict=False))

@@ -66,7 +66,7 @@ def do(step: str, wish: Recipe, folder: Path, inputs: Mapping[str, Made], *, sta
         inputs=inputs,  # type: ignore[arg-type]
         output=output,
         scratch=folder / "scratch",
-        checkpoints=CheckpointStore(open_storage(folder.as_uri()), "checkpoints", print),
+        checkpoints=CheckpointStore(open_storage(folder.as_uri()), "checkpoints", say=print, scratch=folder / "scratch"),
         tracker=open_tracker(folder / "spool", run="test", step=step, stage=stage, key="0" * 16, experiment="test"),
         progress=Progress(step),
     )

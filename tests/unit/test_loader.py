@@ -182,5 +182,7 @@ def test_an_error_in_a_worker_reaches_the_training_loop(small, monkeypatch):
 
 
 def test_noise_is_standard_normal(pictures):
-    noise = torch.cat([micro.noise.flatten() for number in range(60) for micro in loader(pictures, kinds=("image",)).batch(number).micro_batches])
+    noise = torch.cat(
+        [micro.noise.flatten() for number in range(60) for micro in loader(pictures, kinds=("image",)).batch(number).micro_batches]
+    )
     assert np.abs([noise.mean().item(), noise.std().item() - 1]).max() < 0.03

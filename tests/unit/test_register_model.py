@@ -70,7 +70,7 @@ def context_at(workspace: Path, scores: dict[str, Any] = SCORES) -> StepContext:
         },
         output=output,
         scratch=workspace,
-        checkpoints=CheckpointStore(open_storage(workspace.as_uri()), "checkpoints", lambda _: None),
+        checkpoints=CheckpointStore(open_storage(workspace.as_uri()), "checkpoints", say=lambda _: None, scratch=workspace),
         tracker=open_tracker(site.spool_folder, run="r1", step="register_model", stage=None, key="fedcba9876543210", experiment="darkroom"),
         progress=Progress("register_model"),
     )

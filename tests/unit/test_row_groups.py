@@ -83,7 +83,9 @@ def test_damage_that_passes_is_read_again(made, fault):
     assert (len(shards.reads), groups.quarantined, said) == (3, {}, [])
 
 
-@pytest.mark.parametrize(("fault", "told"), [("flip", "changed since"), ("cut", "cut off"), (NotFoundError("part-1: not found"), "not found")])
+@pytest.mark.parametrize(
+    ("fault", "told"), [("flip", "changed since"), ("cut", "cut off"), (NotFoundError("part-1: not found"), "not found")]
+)
 def test_damage_that_stays_is_quarantined_told_and_counted(made, fault, told):
     groups, said = reader(made, Remote(made[0], fault, fault, fault))
     assert groups.get(3) is None

@@ -75,7 +75,9 @@ def context_of(tmp_path: Path) -> Callable[..., StepContext]:
             inputs=inputs,  # type: ignore[arg-type]
             output=output,
             scratch=tmp_path / name / "scratch",
-            checkpoints=CheckpointStore(open_storage((tmp_path / name).as_uri()), "checkpoints", print),
+            checkpoints=CheckpointStore(
+                open_storage((tmp_path / name).as_uri()), "checkpoints", say=print, scratch=tmp_path / name / "scratch"
+            ),
             tracker=open_tracker(tmp_path / name / "spool", run="test", step="train_vae", stage=None, key="0" * 16, experiment="test"),
             progress=Progress("train_vae"),
         )
@@ -90,9 +92,10 @@ def test_a_run_that_is_interrupted_ends_with_the_same_bytes(context_of: Callable
 
     saved = broken.checkpoints.save
 
-    def save_then_stop(step: int, state: dict[str, Any]) -> None:
-        saved(step, state)
+    def save_then_stop(step: int, parts: dict[str, Any], *, notes: dict[str, Any]) -> None:
+        saved(step, parts, notes=notes)
         if step == 4:
+            broken.checkpoints.wait()
             raise KeyboardInterrupt
 
     broken.checkpoints.save = save_then_stop  # type: ignore[method-assign]

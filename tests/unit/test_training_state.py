@@ -3,58 +3,9 @@
 import pytest
 import torch
 
-from model_core.storage import open_storage
-from model_core.training.checkpoint import CheckpointStore
 from model_core.training.curves import Curves
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer, decay_groups, warmup_lr
-
-
-def store(tmp_path, said=None) -> CheckpointStore:
-    return CheckpointStore(open_storage(tmp_path.as_uri()), "train_vae/0/checkpoints", (said if said is not None else []).append)
-
-
-def test_the_newest_checkpoint_comes_back_with_tensors_numbers_and_strings(tmp_path):
-    for step in (100, 200):
-        store(tmp_path).save(step, {"model": {"w": torch.full((3,), float(step))}, "curve": [{"step": step, "name": "x"}]})
-    step, state = store(tmp_path).latest()
-    assert step == 200
-    assert state["curve"] == [{"step": 200, "name": "x"}]
-    assert torch.equal(state["model"]["w"], torch.full((3,), 200.0))
-
-
-def test_only_the_two_newest_are_kept_and_clearing_leaves_none(tmp_path):
-    checkpoints = store(tmp_path)
-    for step in (100, 200, 300, 1000):
-        checkpoints.save(step, {"step": step})
-    assert sorted(path.name for path in (tmp_path / "train_vae/0/checkpoints").iterdir() if any(path.iterdir())) == [
-        "step-00000300",
-        "step-00001000",
-    ]
-    checkpoints.clear()
-    assert checkpoints.latest() is None
-
-
-@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "no state"])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path, damage):
-    said: list[str] = []
-    for step in (100, 200):
-        store(tmp_path).save(step, {"step": step})
-    path = tmp_path / "train_vae/0/checkpoints/step-00000200/state.pt"
-    data = bytearray(path.read_bytes())
-    if damage == "no state":
-        path.unlink()
-    else:
-        data[len(data) // 2] ^= 1
-        path.write_bytes(bytes(data) if damage == "flipped byte" else bytes(data[:-10]))
-    assert store(tmp_path, said).latest() == (100, {"step": 100})
-    assert "step 200 is damaged" in said[0]
-
-
-def test_a_checkpoint_without_its_commit_does_not_exist(tmp_path):
-    store(tmp_path).save(100, {"step": 100})
-    (tmp_path / "train_vae/0/checkpoints/step-00000100/COMMIT.json").unlink()
-    assert store(tmp_path).latest() is None
 
 
 def test_the_average_follows_its_recurrence():
@@ -79,6 +30,11 @@ def test_vectors_do_not_decay():
     assert [(group["weight_decay"], [tuple(p.shape) for p in group["params"]]) for group in groups] == [(0.1, [(2, 3)]), (0.0, [(2,)])]
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 3)])
+def test_no_group_of_the_optimizer_is_empty(shape):
+    assert len(decay_groups([torch.nn.Parameter(torch.zeros(shape))], weight_decay=0.1)) == 1
+
+
 def test_an_optimizer_step_is_adamws_first_step_on_the_clipped_gradient():
     model = torch.nn.Linear(2, 1, bias=False)
     before = model.weight.detach().clone()
@@ -101,3 +57,31 @@ def test_curves_are_means_since_the_last_point_and_survive_a_restart():
     other.add(torch.tensor(7.0), torch.tensor(0.0))
     assert other.close(4)["loss"] == 6.0
     assert [point["step"] for point in other.points] == [2, 4]
+
+
+def trained(model, steps, *, optimizer=None, first=0):
+    """The optimizer after some steps on gradients that are a function of the step."""
+    optimizer = optimizer or Optimizer(model, lr=0.1, warmup_steps=3, betas=(0.9, 0.99), weight_decay=0.5, grad_clip=1.0)
+    for step in range(first, first + steps):
+        for index, parameter in enumerate(list(model.parameters())[:-1]):  # the last one never has a gradient
+            parameter.grad = torch.full_like(parameter, 0.1 * (step + 1) * (-1) ** index)
+        optimizer.step(step)
+    return optimizer
+
+
+def three_layers():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 1))
+
+
+def test_an_optimizer_goes_on_bitwise_from_a_state_by_name():
+    whole, broken, resumed = three_layers(), three_layers(), three_layers()
+    trained(whole, 5)
+    state = trained(broken, 3).state_dict()
+    assert set(state["state"]) == {name for name, _ in broken.named_parameters() if name != "2.bias"}
+    resumed.load_state_dict(broken.state_dict())
+    optimizer = Optimizer(resumed, lr=0.1, warmup_steps=3, betas=(0.9, 0.99), weight_decay=0.5, grad_clip=1.0)
+    optimizer.load_state_dict(state)
+    trained(resumed, 2, optimizer=optimizer, first=3)
+    for (name, expected), found in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(expected, found), name

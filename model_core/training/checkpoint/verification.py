@@ -1,0 +1,59 @@
+"""Whether a checkpoint is still what its commit says, found out by all ranks together before any of it is trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model_core.storage import NotFoundError, Storage
+from model_core.training.checkpoint.agreement import together
+from model_core.training.checkpoint.commit import COMMIT, Commit, parse_commit, saved_file, step_folder
+from model_core.training.distributed import Ranks
+
+
+def place_of(storage: Storage, folder: str, *, scratch: Path) -> Path:
+    """The local folder for an attempt's files: where they lie, or one in `scratch` when the store is remote."""
+    return storage.local_path(folder) or scratch / Path(folder).name
+
+
+def examine(storage: Storage, prefix: str, step: int, *, scratch: Path, ranks: Ranks) -> Commit | str:
+    """The commit of `step` when every file is as it says, or what is wrong, in one line that names the object. Collective.
+
+    The ranks of a machine share out the files, and fetch those of a remote store, so each is read there once.
+    Raises StorageError on all ranks when the store cannot be read.
+    """
+    found = together(ranks, lambda: _read_commit(storage, prefix, step) if ranks.is_first else None)[0]
+    if not isinstance(found, Commit):
+        assert found is not None, "rank 0 reads the commit"
+        return found
+    complaints = [text for text in together(ranks, lambda: _fetch(storage, prefix, found, scratch=scratch, ranks=ranks)) if text]
+    return complaints[0] if complaints else found
+
+
+def _read_commit(storage: Storage, prefix: str, step: int) -> Commit | str:
+    path = f"{step_folder(prefix, step)}/{COMMIT}"
+    try:
+        commit = parse_commit(storage.get(path))
+    except NotFoundError as error:
+        return str(error)
+    except ValueError as error:
+        return f"{storage.uri}/{path}: {error}"
+    return commit if commit.step == step else f"{storage.uri}/{path}: is of step {commit.step}"
+
+
+def _fetch(storage: Storage, prefix: str, commit: Commit, *, scratch: Path, ranks: Ranks) -> str | None:
+    """Fetches and checks this rank's share of the files; says what is wrong with the first that is."""
+    folder = f"{step_folder(prefix, commit.step)}/{commit.attempt}"
+    place = place_of(storage, folder, scratch=scratch)
+    for file in commit.files[ranks.local_rank :: ranks.local_size]:
+        name = f"{storage.uri}/{folder}/{file.path}"
+        try:
+            if storage.local_path(folder) is None:
+                storage.download(f"{folder}/{file.path}", place / file.path)
+            found = saved_file(place / file.path)
+        except (NotFoundError, FileNotFoundError):
+            return f"{name}: missing"
+        if found.bytes != file.bytes:
+            return f"{name}: found {found.bytes} bytes where {COMMIT} says {file.bytes}"
+        if found.sha256 != file.sha256:
+            return f"{name}: found sha256 {found.sha256[:12]}.. where {COMMIT} says {file.sha256[:12]}.."
+    return None
