@@ -165,6 +165,7 @@ class VAE(Section):
     align_margins: tuple[float, float] = (0.0, 0.0)  # m_cos, m_dist at the start: strict
     align_margins_relaxed: tuple[float, float] = (0.5, 0.25)  # at the end: relaxed (VA-VAE's code)
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    log_every_steps: Count = 20
     checkpoint_every_steps: Count = 100
 
     @field_validator("crop_px")
@@ -261,6 +262,7 @@ class MMDiT(Section):
     window_row_groups: Count = 8  # row groups a kind that are open, and shuffled together, at a time (ours)
     micro_batch_tokens: Count | None = None  # most tokens, padding included, in one pass of a process; None: the whole batch
     useful_token_share: Share = 0.97  # a micro-batch ends where padding would take more than the rest (ours)
+    log_every_steps: Count = 20
     checkpoint_every_steps: Count = 100
     keep_every_steps: Count | None = None  # checkpoints at its multiples are kept while the stage runs, beside the newest two
     stages: dict[str, Stage] = Field(min_length=1)

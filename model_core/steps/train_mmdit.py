@@ -35,8 +35,6 @@ from model_core.training.optim import Optimizer
 from model_core.training.stopping import Stopped, noting_sigterm
 from model_core.training.validation import validation_loss
 
-LOG_EVERY_STEPS = 20
-
 
 def run(context: StepContext) -> dict[str, Any]:
     """Trains the stage to its end; returns losses, counts and times. Of several ranks the first alone publishes."""
@@ -85,7 +83,7 @@ def run(context: StepContext) -> dict[str, Any]:
             ledger.add(batch.ids)
             curves.add(loss, norm)
             done = step + 1
-            if done % LOG_EVERY_STEPS == 0 or done == stage.steps:
+            if done % recipe.log_every_steps == 0 or done == stage.steps:
                 point = curves.close(done)
                 waited = loader.waited.seconds / (time.monotonic() - began)
                 context.log({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"], "data/wait_share": waited}, step=done)

@@ -35,7 +35,6 @@ from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
 from model_core.training.stopping import Stopped, noting_sigterm
 
-LOG_EVERY_STEPS = 20
 BETAS = (0.9, 0.99)
 STATISTICS_IMAGES = 1024
 SCORED_IMAGES = 512
@@ -81,7 +80,7 @@ def run(context: StepContext) -> dict[str, Any]:
             update_ema(ema, model.vae, step=step, decay=config.ema_decay)
             curves.add(*sum_over_ranks(parts, ranks), norm)
             done = step + 1
-            if done % LOG_EVERY_STEPS == 0 or done == config.steps:
+            if done % config.log_every_steps == 0 or done == config.steps:
                 point = curves.close(done)
                 context.log({f"train/{name}": value for name, value in point.items() if name != "step"}, step=done)
             stopped = done < config.steps and stop.agreed(ranks)
