@@ -21,10 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from model_core.claim import acquire
+from model_core.claim import FILE_NAME as CLAIM
+from model_core.claim import ClaimLostError, acquire
 from model_core.context import StepContext
 from model_core.manifest import Code, Manifest, TrackedRun, parse_manifest
 from model_core.progress import Progress
+from model_core.publication import CHECKPOINTS
 from model_core.recipe import Recipe, UserError, load_recipe, section
 from model_core.run_record import StepRecord, check_run_name, write_step
 from model_core.site import Site, load_site
@@ -32,7 +34,7 @@ from model_core.steps.registry import STEPS, StepSpec, step_spec
 from model_core.storage import StorageError, open_storage
 from model_core.tracking.spool import Tracker, open_tracker
 from model_core.training.checkpoint import CheckpointStore
-from model_core.workspace import CHECKPOINTS, Address, InputFolder, StepResult, Workspace, check_inputs, step_key
+from model_core.workspace import Address, InputFolder, StepResult, Workspace, check_inputs, step_key
 
 DONE, CONFIGURATION, INFRASTRUCTURE, FAILED = 0, 10, 20, 30
 
@@ -108,13 +110,13 @@ def run_step(
         if manifest is None:
             claim = acquire(
                 workspace.storage,
-                f"{address.prefix}/claim.json",
+                f"{address.prefix}/{CLAIM}",
                 finished=lambda: workspace.find(address) is not None,
                 on_lost=lambda: _lost_claim(label),
                 say=progress.say,
             )
             if claim is not None:
-                with claim:
+                with claim, workspace.attempt(address, claim.attempt) as output_folder:
                     _set_threads(site.launch.profile(spec.name).threads)
                     context = StepContext(
                         recipe=recipe,
@@ -123,7 +125,7 @@ def run_step(
                         run=run,
                         key=address.key,
                         inputs={name: InputFolder(parent, site=site) for name, parent in inputs.items()},
-                        output=workspace.output_folder(address),
+                        output=output_folder,
                         scratch=_folder(site.scratch_folder / "steps" / address.prefix),
                         checkpoints=CheckpointStore(workspace.storage, f"{address.prefix}/{CHECKPOINTS}", progress.say),
                         tracker=tracker,
@@ -131,7 +133,9 @@ def run_step(
                     )
                     stats = importlib.import_module(f"model_core.steps.{spec.name}").run(context)
                     result = StepResult(stats=stats, code=code_version(), mlflow=TrackedRun(run_id=tracker.run_id()))
-                    manifest = workspace.commit(address, context.output, spec=spec, recipe=recipe, inputs=inputs, result=result)
+                    manifest = workspace.commit(
+                        address, output_folder, spec=spec, recipe=recipe, inputs=inputs, result=result, confirm=claim.confirm
+                    )
                     context.checkpoints.clear()
                     shutil.rmtree(context.scratch)
             manifest = manifest or workspace.find(address)
@@ -140,6 +144,8 @@ def run_step(
         _report(tracker, manifest, inputs=inputs, reused=reused)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(manifest.to_bytes())
+    except ClaimLostError:
+        _lost_claim(label)  # without a word in the run's record, where the new owner writes
     except BaseException as error:
         record("failed", error=f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
         tracker.end("KILLED" if isinstance(error, Stopped) else "FAILED")
