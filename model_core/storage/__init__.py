@@ -7,11 +7,21 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from model_core.recipe import UserError
-from model_core.storage.errors import ConflictError, NotFoundError, StorageError
-from model_core.storage.protocol import Stat, Storage
+from model_core.storage.errors import ConflictError, CorruptError, NotFoundError, StorageError
+from model_core.storage.protocol import Stat, Storage, Unfinished
 from model_core.storage.settings import S3Settings
 
-__all__ = ["ConflictError", "NotFoundError", "S3Settings", "Stat", "Storage", "StorageError", "open_storage"]
+__all__ = [
+    "ConflictError",
+    "CorruptError",
+    "NotFoundError",
+    "S3Settings",
+    "Stat",
+    "Storage",
+    "StorageError",
+    "Unfinished",
+    "open_storage",
+]
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 

@@ -11,3 +11,7 @@ class NotFoundError(StorageError):
 
 class ConflictError(StorageError):
     """A conditional write found another state than the caller expected: the object exists, or its etag is another one."""
+
+
+class CorruptError(StorageError):
+    """The bytes are not the promised ones: another sha256, or another size."""

@@ -6,17 +6,21 @@ import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from model_core.storage.errors import ConflictError, NotFoundError, StorageError
-from model_core.storage.protocol import Stat, check_path, check_prefix, check_range
+from model_core.storage.protocol import Digest, Stat, Unfinished, check_digest, check_path, check_prefix, check_range, check_sha256
+from model_core.storage.version import Version
 
 # Unfinished writes and the lock lie here, not beside the objects: whoever lists a step's folder sees finished files only.
 STAGING = ".staging"
+_LOCK = "lock"
 _HASHED_BYTES = 1 << 20  # documents are told apart by content; hashing a shard on each stat would read it whole
+
+_COPIED_BYTES = 1 << 20  # at a time
 
 
 class FileStorage:
@@ -26,11 +30,15 @@ class FileStorage:
         self.root = root
         self.uri = root.as_uri()
 
-    def get(self, path: str, *, start: int | None = None, length: int | None = None) -> bytes:
+    def get(self, path: str, *, start: int | None = None, length: int | None = None, sha256: str | None = None) -> bytes:
         offset, count = check_range(start, length)
+        check_digest(sha256)
         with self._errors(path), self._file(path).open("rb") as file:
             file.seek(offset)
-            return file.read(-1 if count is None else count)
+            data = file.read(-1 if count is None else count)
+        if sha256 is not None:
+            check_sha256(f"{self.uri}/{path}", hashlib.sha256(data), size=len(data), expected=sha256)
+        return data
 
     def put(self, path: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> str:
         target = self._file(path)
@@ -42,27 +50,33 @@ class FileStorage:
                 self._publish(staged, target, create_only=create_only)
                 return _etag(target)
 
-    def upload(self, path: str, source: Path) -> None:
+    def upload(self, path: str, source: Path) -> str:
         target = self._file(path)
-        if source.resolve(strict=True) == target.resolve():
-            return
-        with self._errors(path), self._staged() as staged:
-            shutil.copyfile(source, staged)
-            _sync(staged)
-            with self._lock():
-                self._publish(staged, target, create_only=False)
+        with source.open("rb") as file:  # a missing source is the caller's mistake, not the store's
+            if source.resolve() == target.resolve():
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            with self._errors(path), self._staged() as staged:
+                before = Version.of(file)
+                sha256, _ = _copy(file, staged)
+                before.check(file, f"{self.uri}/{path}")
+                with self._lock():
+                    self._publish(staged, target, create_only=False)
+        return sha256.hexdigest()
 
-    def download(self, path: str, target: Path) -> None:
+    def download(self, path: str, target: Path, *, sha256: str | None = None) -> None:
+        check_digest(sha256)
         source = self._file(path)
-        if source.resolve() == target.resolve():
-            self.stat(path)
-            return
-        with self._errors(path):
+        name = f"{self.uri}/{path}"
+        with self._errors(path), source.open("rb") as file:
+            if source.resolve() == target.resolve():
+                if sha256 is not None:
+                    check_sha256(name, hashlib.file_digest(file, "sha256"), size=file.tell(), expected=sha256)
+                return
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
             try:
-                shutil.copyfile(source, partial)
-                _sync(partial)
+                found, size = _copy(file, partial)
+                check_sha256(name, found, size=size, expected=sha256)
                 partial.replace(target)
             finally:
                 partial.unlink(missing_ok=True)
@@ -88,6 +102,23 @@ class FileStorage:
     def delete(self, path: str) -> None:
         with self._errors(path), self._lock():
             self._file(path).unlink(missing_ok=True)
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        """Staged files: a writer removes its own, also when it fails, so an old one is what a killed writer left."""
+        for file in sorted((self.root / STAGING).glob("*")):
+            if file.name == _LOCK:
+                continue
+            try:
+                status = file.stat()
+            except FileNotFoundError:  # published since the walk
+                continue
+            yield Unfinished(path=f"{STAGING}/{file.name}", id=file.name, started_at=status.st_ctime, size=status.st_size)
+
+    def abort(self, unfinished: Unfinished) -> None:
+        if unfinished.id == _LOCK or "/" in check_path(unfinished.id):
+            raise ValueError(f"{unfinished.id!r} is no staged file of {self.uri}")
+        with self._errors(unfinished.path):
+            (self.root / STAGING / unfinished.id).unlink(missing_ok=True)
 
     def local_path(self, path: str) -> Path | None:
         return self._file(path)
@@ -121,7 +152,7 @@ class FileStorage:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """One writer at a time, over all processes: makes compare-and-swap and delete safe against each other."""
-        path = self.root / STAGING / "lock"
+        path = self.root / STAGING / _LOCK
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -142,6 +173,18 @@ def _etag(file: Path) -> str:
     if status.st_size > _HASHED_BYTES:
         return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _copy(source: BinaryIO, target: Path) -> tuple[Digest, int]:
+    """Copy to a new file, on disk when this returns: the sha256 and the number of the bytes copied, from one reading."""
+    sha256 = hashlib.sha256()
+    with target.open("xb") as stream:
+        while piece := source.read(_COPIED_BYTES):
+            sha256.update(piece)
+            stream.write(piece)
+        stream.flush()
+        os.fsync(stream.fileno())
+        return sha256, stream.tell()
 
 
 def _write_synced(file: Path, data: bytes) -> None:

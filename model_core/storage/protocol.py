@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from model_core.storage.errors import CorruptError
+
+
+class Digest(Protocol):
+    """What hashlib makes."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -17,30 +28,50 @@ class Stat:
     etag: str  # opaque; compare it, never compute with it
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """A write that was begun and not ended: by a writer that still works on it, or by one that died."""
+
+    path: str  # of the object it was to become; of the staged file itself in a folder
+    id: str
+    started_at: float  # seconds since 1970, by the store's clock
+    size: int | None  # bytes it occupies, where the store says so without being asked for each
+
+
 @runtime_checkable
 class Storage(Protocol):
     """Objects below one uri. Paths are relative, with `/` between their parts.
 
-    A write is all or nothing: readers see the old object or the new one. All methods raise StorageError (or one of its two
+    A write is all or nothing: readers see the old object or the new one. All methods raise StorageError (or one of its
     sub-classes, where named) with the whole uri of the object, and ValueError for a path that is not one.
     """
 
     uri: str  # "file:///root" or "s3://bucket/prefix", without a slash at the end
 
-    def get(self, path: str, *, start: int | None = None, length: int | None = None) -> bytes:
-        """The bytes of an object, or `length` of them from `start`; fewer where it ends earlier. Raises NotFoundError."""
+    def get(self, path: str, *, start: int | None = None, length: int | None = None, sha256: str | None = None) -> bytes:
+        """The bytes of an object, or `length` of them from `start`; fewer where it ends earlier. Raises NotFoundError.
+
+        With `sha256` (64 hex digits, of the bytes asked for) raises CorruptError when they are others.
+        """
         ...
 
     def put(self, path: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> str:
         """Write an object and return its etag. Raises ConflictError when `create_only` finds one, or `if_match` another etag or none."""
         ...
 
-    def upload(self, path: str, source: Path) -> None:
-        """Write a local file as an object, in parts when it is large."""
+    def upload(self, path: str, source: Path) -> str:
+        """Write a local file as an object and return the sha256 (hex) of what was sent.
+
+        On S3 a large file goes in parts, and a call that follows an interrupted one sends only the parts that are not there.
+        Raises StorageError when the file changes meanwhile, CorruptError when the store got other bytes than were sent.
+        """
         ...
 
-    def download(self, path: str, target: Path) -> None:
-        """Write an object as a local file that appears whole or not at all. Raises NotFoundError."""
+    def download(self, path: str, target: Path, *, sha256: str | None = None) -> None:
+        """Write an object as a local file that appears whole or not at all. Raises NotFoundError.
+
+        With `sha256` (64 hex digits) raises CorruptError when the object is another one; `target` is then as it was.
+        """
         ...
 
     def stat(self, path: str) -> Stat:
@@ -53,6 +84,14 @@ class Storage(Protocol):
 
     def delete(self, path: str) -> None:
         """Remove an object; none there is no error."""
+        ...
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        """The writes below this uri that were begun and not ended. They take space, and no reader sees them."""
+        ...
+
+    def abort(self, unfinished: Unfinished) -> None:
+        """Remove what an unfinished write left; one that is gone is no error. A writer still at work on it fails or begins anew."""
         ...
 
     def local_path(self, path: str) -> Path | None:
@@ -73,6 +112,19 @@ def check_range(start: int | None, length: int | None) -> tuple[int, int | None]
     if (start or 0) < 0 or (length or 0) < 0:
         raise ValueError(f"a range cannot have start {start} and length {length}; both are counted in bytes from 0")
     return start or 0, length
+
+
+def check_sha256(name: str, data: Digest, *, size: int, expected: str | None) -> None:
+    """Raises CorruptError about `name` when a digest was expected and `data`, of `size` bytes, has another one."""
+    if expected is not None and data.hexdigest() != expected:
+        found = f"{size} bytes with sha256 {data.hexdigest()[:12]}"
+        raise CorruptError(f"{name}: its bytes are not the promised ones: found {found}, expected sha256 {expected[:12]}")
+
+
+def check_digest(sha256: str | None) -> None:
+    """ValueError when `sha256` could never be met."""
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"{sha256!r} is no sha256; allowed are 64 hex digits in lower case")
 
 
 def check_prefix(prefix: str) -> str:

@@ -19,7 +19,8 @@ class S3Settings(BaseModel):
     region: str | None = None  # None: AWS_DEFAULT_REGION or the profile, else us-east-1
     addressing_style: Literal["path", "virtual"] = "path"  # what servers other than AWS understand
     checksum_mode: Literal["when_required", "when_supported"] = "when_required"  # third-party stores fail on the newer default
-    connect_timeout_seconds: Seconds = 5.0
+    connect_timeout_seconds: Seconds = 5.0  # also the longest stall while a request is sent
     read_timeout_seconds: Seconds = 60.0  # between two pieces of an answer, not for the whole of it
-    max_attempts: Annotated[int, Field(ge=1)] = 5  # of one request, the first included; back-off is botocore's "standard"
-    multipart_bytes: Annotated[int, Field(ge=5 * MiB)] = 16 * MiB  # larger files go in parts of this size; S3 allows no part below 5 MiB
+    retry_seconds: Annotated[float, Field(ge=0.0)] = 60.0  # how long a request is repeated while the server is away; 0: sent once
+    # Larger files go in parts of this size, five of them in memory at once; S3 allows no part below 5 MiB.
+    multipart_bytes: Annotated[int, Field(ge=5 * MiB, le=1024 * MiB)] = 16 * MiB

@@ -151,7 +151,7 @@ WRONG_SITES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {
             "workspace": "s3://bucket/x",
             "scratch": "/nonexistent/scratch",
-            "s3": {"endpoint_url": "http://127.0.0.1:9", "max_attempts": 1, "connect_timeout_seconds": 1.0},
+            "s3": {"endpoint_url": "http://127.0.0.1:9", "retry_seconds": 0, "connect_timeout_seconds": 1.0},
         },
         ("s3://bucket/x",),
     ),

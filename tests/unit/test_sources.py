@@ -238,7 +238,7 @@ def test_a_bucket_is_read_like_a_folder(tmp_path, monkeypatch):
         for path in tmp_path.rglob("*"):
             if path.is_file():
                 client.upload_file(str(path), "photos", f"mine/{path.relative_to(tmp_path).as_posix()}")
-        site = Site.model_validate({"s3": {"endpoint_url": endpoint, "max_attempts": 1}})
+        site = Site.model_validate({"s3": {"endpoint_url": endpoint, "retry_seconds": 0}})
         check_sources(recipe("s3://photos/mine"), site)
         folder = open_source("s3://photos/mine", site)
         rows = list(read_folder(folder, Skipped(), scratch=tmp_path / "scratch"))

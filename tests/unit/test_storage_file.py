@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from pathlib import Path
 
 import pytest
 
 from model_core.recipe import UserError
-from model_core.storage import ConflictError, Storage, StorageError, open_storage
+from model_core.storage import ConflictError, CorruptError, Storage, StorageError, Unfinished, open_storage
 from tests.storage_conformance import StorageConformance, put_many
 
 
@@ -69,6 +70,48 @@ def test_unfinished_writes_are_not_listed(storage: Storage, tmp_path: Path) -> N
     assert [found.path for found in storage.list()] == ["object"]
     with pytest.raises(ValueError, match="own folder"):
         storage.get(".staging/0123")
+
+
+def test_what_a_killed_writer_left_is_found_and_removed(storage: Storage, tmp_path: Path) -> None:
+    storage.put("object", b"x")
+    (tmp_path / "store" / ".staging" / "0123").write_bytes(b"half")
+    [found] = storage.unfinished()
+    assert (found.path, found.id, found.size) == (".staging/0123", "0123", 4)
+    assert abs(found.started_at - time.time()) < 60
+    storage.abort(found)
+    storage.abort(found)
+    assert list(storage.unfinished()) == []
+    storage.put("object", b"y", if_match=storage.stat("object").etag)  # the lock was not taken for a remain
+
+
+@pytest.mark.parametrize("name", ["lock", "../object", ""])
+def test_abort_removes_staged_files_only(storage: Storage, name: str) -> None:
+    storage.put("object", b"x")
+    with pytest.raises(ValueError, match="is no"):
+        storage.abort(Unfinished(path="object", id=name, started_at=0.0, size=None))
+    assert storage.get("object") == b"x"
+
+
+def test_upload_of_a_file_that_changes_meanwhile_writes_nothing(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "source").write_bytes(bytes(100))
+    sync = os.fsync
+
+    def change_and_sync(descriptor: int) -> None:
+        (tmp_path / "source").write_bytes(b"changed")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", change_and_sync)
+    with pytest.raises(StorageError, match="object: not written, because its source .*source changed"):
+        storage.upload("object", tmp_path / "source")
+    assert list(storage.list()) == []
+    assert list(storage.unfinished()) == []
+
+
+def test_download_onto_the_object_itself_still_checks_it(storage: Storage, tmp_path: Path) -> None:
+    storage.put("object", b"x")
+    with pytest.raises(CorruptError, match="object: .*found 1 bytes"):
+        storage.download("object", tmp_path / "store" / "object", sha256="0" * 64)
+    assert storage.get("object") == b"x"
 
 
 def test_etag_of_a_large_file_changes_when_it_is_written_anew(storage: Storage) -> None:
