@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -66,6 +66,19 @@ def read_claim(storage: Storage, path: str) -> tuple[str, Owner | None] | None:
         return None
     except (ValueError, TypeError):
         return etag, None
+
+
+def watch(storage: Storage, etags: Mapping[str, str]) -> set[str]:
+    """Those of the claims (path and etag) that stay unchanged while they are watched for STALE_SECONDS: nobody holds them."""
+    silent = set(etags)
+    until = time.monotonic() + STALE_SECONDS
+    while silent and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+        for path in list(silent):
+            found = read_claim(storage, path)
+            if found is None or found[0] != etags[path]:
+                silent.remove(path)
+    return silent
 
 
 class Claim:

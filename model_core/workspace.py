@@ -17,6 +17,7 @@ from typing import Any
 from model_core.manifest import FILE_NAME, Code, FileEntry, Manifest, Parent, TrackedRun, file_entry, parse_manifest
 from model_core.publication import ATTEMPT_PREFIX, alone, clear_unnamed, is_private, publish, remove_empty, remove_tree
 from model_core.recipe import Recipe, UserError, canonical_digest, section
+from model_core.scratch import use_cache
 from model_core.site import Site
 from model_core.steps.registry import StepSpec
 from model_core.storage import NotFoundError, Storage, open_storage
@@ -33,6 +34,7 @@ class InputFolder:
         self._cache = site.scratch_folder / "inputs" / manifest.step / manifest.key
         self._entries = {entry.path: entry for entry in manifest.files}
         self._checked: set[str] = set()
+        self._in_use: int | None = None  # the cache's folder, open and locked for as long as this process lives
 
     def names(self, prefix: str = "") -> list[str]:
         """Paths of the files below `prefix`, in order."""
@@ -47,6 +49,8 @@ class InputFolder:
             raise UserError(f"{self.manifest.uri}: no file {name!r} in its manifest; it holds {', '.join(self.names()) or 'none'}")
         local = self._storage.local_path(name) or self._cache / name
         if name not in self._checked:
+            if self._in_use is None and self._storage.local_path(name) is None:
+                self._in_use = use_cache(self._cache)
             if not (local.exists() and matches(local, self._entries[name])):
                 self._fetch(name, local)
             self._checked.add(name)
