@@ -21,10 +21,12 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from model_core.claim import acquire
+from model_core.claim import FILE_NAME as CLAIM
+from model_core.claim import ClaimLostError, acquire
 from model_core.context import StepContext
 from model_core.manifest import Code, Manifest, TrackedRun, parse_manifest
 from model_core.progress import Progress
+from model_core.publication import CHECKPOINTS
 from model_core.recipe import Recipe, UserError, load_recipe, section
 from model_core.run_record import StepRecord, check_run_name, write_step
 from model_core.site import Site, load_site
@@ -34,7 +36,7 @@ from model_core.tracking.spool import Tracker, open_tracker
 from model_core.training.checkpoint import CheckpointStore
 from model_core.training.distributed import Ranks, die_with_launcher, join_ranks
 from model_core.training.stopping import Stopped
-from model_core.workspace import CHECKPOINTS, Address, InputFolder, StepResult, Workspace, check_inputs, step_key
+from model_core.workspace import Address, InputFolder, StepResult, Workspace, check_inputs, step_key
 
 DONE, CONFIGURATION, INFRASTRUCTURE, FAILED = 0, 10, 20, 30
 
@@ -109,13 +111,13 @@ def run_step(
         if manifest is None:
             claim = acquire(
                 workspace.storage,
-                f"{address.prefix}/claim.json",
+                f"{address.prefix}/{CLAIM}",
                 finished=lambda: workspace.find(address) is not None,
                 on_lost=lambda: _lost_claim(label),
                 say=progress.say,
             )
             if claim is not None:
-                with claim:
+                with claim, workspace.attempt(address, claim.attempt) as output_folder:
                     ranks.from_first(True)
                     context = _context(
                         workspace,
@@ -123,14 +125,16 @@ def run_step(
                         recipe=recipe,
                         run=run,
                         inputs=inputs,
-                        output=workspace.output_folder(address),
+                        output=output_folder,
                         tracker=tracker,
                         progress=progress,
                         ranks=ranks,
                     )
                     stats = importlib.import_module(f"model_core.steps.{spec.name}").run(context)
                     result = StepResult(stats=stats, code=code_version(), mlflow=TrackedRun(run_id=tracker.run_id()))
-                    manifest = workspace.commit(address, context.output, spec=spec, recipe=recipe, inputs=inputs, result=result)
+                    manifest = workspace.commit(
+                        address, output_folder, spec=spec, recipe=recipe, inputs=inputs, result=result, confirm=claim.confirm
+                    )
                     context.checkpoints.clear()
                     shutil.rmtree(context.scratch)
             else:
@@ -143,6 +147,8 @@ def run_step(
         _report(tracker, manifest, inputs=inputs, reused=reused)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_bytes(manifest.to_bytes())
+    except ClaimLostError:
+        _lost_claim(label)  # without a word in the run's record, where the new owner writes
     except BaseException as error:
         record("failed", error=f"{type(error).__name__}: {error}" if not isinstance(error, UserError) else str(error))
         tracker.end("KILLED" if isinstance(error, Stopped) else "FAILED")

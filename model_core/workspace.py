@@ -1,28 +1,28 @@
 """Where a step's result lies: `<root>/<step>/<key>/`. Keys, claims, commits and reuse.
 
 A step is a pure function of the recipe sections it reads and of its inputs, so its key names its result: same key, same
-place. The manifest is written last and create-only; a claim with a heartbeat keeps two processes from writing one key.
+place. Every attempt has a folder of its own; `publication` makes it the result, for the holder of the key's claim alone.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from model_core.manifest import FILE_NAME, Code, FileEntry, Manifest, Parent, TrackedRun, file_entry, parse_manifest
+from model_core.publication import ATTEMPT_PREFIX, alone, clear_unnamed, is_private, publish, remove_empty, remove_tree
 from model_core.recipe import Recipe, UserError, canonical_digest, section
+from model_core.scratch import use_cache
 from model_core.site import Site
 from model_core.steps.registry import StepSpec
-from model_core.storage import ConflictError, NotFoundError, Storage, open_storage
+from model_core.storage import NotFoundError, Storage, open_storage
 
 KEY_LENGTH = 16
-PRIVATE = ("claim.json", FILE_NAME)  # names in a step's folder that are not results
-CHECKPOINTS = "checkpoints"
 
 
 class InputFolder:
@@ -34,6 +34,7 @@ class InputFolder:
         self._cache = site.scratch_folder / "inputs" / manifest.step / manifest.key
         self._entries = {entry.path: entry for entry in manifest.files}
         self._checked: set[str] = set()
+        self._in_use: int | None = None  # the cache's folder, open and locked for as long as this process lives
 
     def names(self, prefix: str = "") -> list[str]:
         """Paths of the files below `prefix`, in order."""
@@ -48,6 +49,8 @@ class InputFolder:
             raise UserError(f"{self.manifest.uri}: no file {name!r} in its manifest; it holds {', '.join(self.names()) or 'none'}")
         local = self._storage.local_path(name) or self._cache / name
         if name not in self._checked:
+            if self._in_use is None and self._storage.local_path(name) is None:
+                self._in_use = use_cache(self._cache)
             if not (local.exists() and matches(local, self._entries[name])):
                 self._fetch(name, local)
             self._checked.add(name)
@@ -162,27 +165,45 @@ class Workspace:
             if entry.path.endswith("/" + FILE_NAME) and entry.path.count("/") == 2:
                 yield entry.path, parse_manifest(self.storage.get(entry.path), f"{self.uri}/{entry.path}")
 
-    def output_folder(self, address: Address) -> Path:
-        """The empty local folder that a step writes its result to: the final place, or scratch for a remote workspace.
+    @contextmanager
+    def attempt(self, address: Address, name: str) -> Iterator[Path]:
+        """The empty local folder of one attempt, as a context: on the disk of the result, or in scratch for a remote workspace.
 
-        What an attempt that died has left is removed; its checkpoints stay.
+        The folders of other attempts are removed, for the holder of the claim is the only one that may go on; checkpoints stay.
         """
-        folder = self.storage.local_path(address.prefix) or self.site.scratch_folder / "output" / address.prefix
-        folder.mkdir(parents=True, exist_ok=True)
-        for entry in folder.iterdir():
-            if entry.name in (*PRIVATE, CHECKPOINTS) or entry.name.startswith(".claim"):
-                continue
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        return folder
+        near = self.storage.local_path(address.prefix)
+        parent = near or self.site.scratch_folder / "output" / address.prefix
+        with alone(parent, wait=False) as nobody_publishes:
+            if nobody_publishes:
+                for old in [entry for entry in parent.iterdir() if entry.name.startswith(ATTEMPT_PREFIX)]:
+                    remove_tree(old)
+        folder = parent / f"{ATTEMPT_PREFIX}{name}"
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            remove_tree(folder)
+            if near is None:
+                remove_empty(parent)
 
     def commit(
-        self, address: Address, folder: Path, *, spec: StepSpec, recipe: Recipe, inputs: Mapping[str, Manifest], result: StepResult
+        self,
+        address: Address,
+        folder: Path,
+        *,
+        spec: StepSpec,
+        recipe: Recipe,
+        inputs: Mapping[str, Manifest],
+        result: StepResult,
+        confirm: Callable[[], None],
     ) -> Manifest:
-        """Hashes and stores the files in `folder`, then writes the manifest create-only.
+        """Makes the files in an attempt's `folder` the step's result: hashes and stores them, then writes the manifest create-only.
 
-        When somebody else has committed this key meanwhile, theirs stands and is returned.
+        `confirm` raises when the step's claim is not held any more; nothing is changed then. When somebody else has committed
+        this key meanwhile, theirs stands and is returned.
         """
-        files = tuple(file_entry(folder, path) for path in result_files(folder))
+        files = tuple(file_entry(folder, path) for path in sorted(folder.rglob("*")) if path.is_file())
+        assert not any(is_private(entry.path.partition("/")[0]) for entry in files), "a result's files have names of their own"
         manifest = Manifest(
             kind=spec.kind,
             step=address.step,
@@ -199,15 +220,12 @@ class Workspace:
             mlflow=result.mlflow,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        if not publish(self.storage, address.prefix, folder, files=files, manifest=manifest.to_bytes(), confirm=confirm):
+            theirs = self.find(address)
+            assert theirs is not None, "publish says that there is one"
+            manifest = theirs
         if self.storage.local_path(address.prefix) is None:
-            for entry in files:
-                self.storage.upload(f"{address.prefix}/{entry.path}", folder / entry.path)
-        try:
-            self.storage.put(f"{address.prefix}/{FILE_NAME}", manifest.to_bytes(), create_only=True)
-        except ConflictError:
-            manifest = self.find(address) or manifest
-        if self.storage.local_path(address.prefix) is None:
-            shutil.rmtree(folder)
+            clear_unnamed(self.storage, address.prefix, named=manifest.files)
         return manifest
 
 
@@ -218,11 +236,3 @@ class StepResult:
     stats: dict[str, Any]
     code: Code
     mlflow: TrackedRun = field(default_factory=TrackedRun)
-
-
-def result_files(folder: Path) -> list[Path]:
-    """The files of a result, sorted: all below `folder` but claims, manifests and checkpoints."""
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    return sorted(
-        path for path in found if path.relative_to(folder).parts[0] not in (*PRIVATE, CHECKPOINTS) and not path.name.startswith(".claim")
-    )

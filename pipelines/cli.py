@@ -154,6 +154,37 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: darkroom gc --dry-run")
+def gc(
+    workspace: Annotated[
+        str | None, typer.Argument(metavar="WORKSPACE", help="Path or uri of a workspace; the site's when not given.")
+    ] = None,
+    site: SiteName = DEFAULT_SITE,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Shows what would be removed, and removes nothing.")] = False,
+    grace_minutes: Annotated[
+        float, typer.Option("--grace-minutes", min=0, help="Leaves alone what was changed later, unless its process is known to be dead.")
+    ] = 60.0,
+    unfinished_older_than: Annotated[
+        float | None,
+        typer.Option("--unfinished-older-than", metavar="DAYS", min=0, help="Removes what unfinished steps could go on from, too."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Removes what killed runs have left and no result needs; never a result, nor what a living step works on."""
+    where = find_site(site)
+    from pipelines.gc import collect, garbage_table, to_json
+
+    collected = collect(
+        workspace,
+        where,
+        grace_seconds=grace_minutes * 60,
+        unfinished_older_than_seconds=None if unfinished_older_than is None else unfinished_older_than * 86400,
+        dry_run=dry_run,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    _show(to_json(collected) if as_json else garbage_table(collected))
+
+
 @app.command(epilog="Example: darkroom doctor --site my-site.yaml")
 def doctor(site: SiteName = DEFAULT_SITE, as_json: AsJson = False) -> None:
     """Looks at this machine and a site, and says what a run would lack and how to mend it."""

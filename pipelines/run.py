@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from kfp import local
 
 from components.launch import CONFIGURATION, FAILURE_FILE
-from components.launch.local import ALIVE_FILE, RUN_FOLDER
+from components.launch.local import ALIVE_FILE, RUN_FOLDER, RUN_FOLDER_PREFIX
 from model_core.evaluation.report import write_report
 from model_core.recipe import Recipe, UserError
 from model_core.run_record import RunRecord, check_run_name, write_run
@@ -52,7 +52,7 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
     num_steps = len(pipeline.pipeline_spec.root.dag.tasks)
     lines = StepLines(num_steps, say)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="darkroom-run-")))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=RUN_FOLDER_PREFIX)))
         stack.enter_context(_alive(folder))
         write_run(workspace.storage, RunRecord(run, recipe.model_dump(mode="json"), recipe.digest(), started.isoformat()))
         stack.enter_context(_tracking(site))

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 RUN_FOLDER = "DARKROOM_RUN_FOLDER"  # set by `darkroom run`: the folder it shares with the steps that it starts
+RUN_FOLDER_PREFIX = "darkroom-run-"  # that folder's name, among the machine's temporary files
 ALIVE_FILE = "alive.lock"  # in the run's folder: `darkroom run` holds a lock on it for as long as it lives
 LINE_MARK = "\x1f"  # before and after the label that opens each line of a step, for `darkroom run` to tell it from Kubeflow's own
 TAIL_LINES = 15

@@ -84,7 +84,8 @@ class FileStorage:
     def stat(self, path: str) -> Stat:
         file = self._file(path)
         with self._errors(path):
-            return Stat(path, file.stat().st_size, _etag(file))
+            status = file.stat()
+            return Stat(path, status.st_size, _etag(file), status.st_mtime)
 
     def list(self, prefix: str = "") -> Iterator[Stat]:
         folder = self.root / check_prefix(prefix).rpartition("/")[0]
@@ -101,7 +102,15 @@ class FileStorage:
 
     def delete(self, path: str) -> None:
         with self._errors(path), self._lock():
-            self._file(path).unlink(missing_ok=True)
+            file = self._file(path)
+            file.unlink(missing_ok=True)
+            for folder in file.parents:  # as in a bucket, where there are none; under the lock, since a write makes them anew
+                if folder == self.root:
+                    break
+                try:
+                    folder.rmdir()
+                except OSError:  # something is in it
+                    break
 
     def unfinished(self) -> Iterator[Unfinished]:
         """Staged files: a writer removes its own, also when it fails, so an old one is what a killed writer left."""

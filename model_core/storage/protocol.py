@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -26,6 +26,7 @@ class Stat:
     path: str
     size: int
     etag: str  # opaque; compare it, never compute with it
+    modified_at: float = field(default=0.0, compare=False)  # seconds since 1970, by the store's clock
 
 
 @dataclass(frozen=True)

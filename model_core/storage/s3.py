@@ -104,7 +104,7 @@ class S3Storage:
         key = self._key(path)
         with self._connection.errors(self._name(path)):
             answer = self._connection.call("head_object", Key=key)
-        return Stat(path, int(answer["ContentLength"]), str(answer["ETag"]).strip('"'))
+        return Stat(path, int(answer["ContentLength"]), str(answer["ETag"]).strip('"'), answer["LastModified"].timestamp())
 
     def list(self, prefix: str = "") -> Iterator[Stat]:
         start = self._below + check_prefix(prefix)
@@ -114,7 +114,8 @@ class S3Storage:
                 page = self._connection.call("list_objects_v2", Prefix=start, **token)
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # a folder marker that some browsers of S3 leave
-                    yield Stat(item["Key"].removeprefix(self._below), int(item["Size"]), str(item["ETag"]).strip('"'))
+                    path, changed = item["Key"].removeprefix(self._below), item["LastModified"].timestamp()
+                    yield Stat(path, int(item["Size"]), str(item["ETag"]).strip('"'), changed)
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}

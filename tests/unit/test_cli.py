@@ -25,7 +25,7 @@ from pipelines.documents import find_recipe, find_site
 from pipelines.output import StepLines
 from pipelines.run import run_name
 
-COMMANDS = ("run", "compile", "sample", "report", "ui", "verify", "doctor")
+COMMANDS = ("run", "compile", "sample", "report", "ui", "verify", "gc", "doctor")
 KEY = "0123456789abcdef"
 
 
@@ -56,13 +56,13 @@ def commit_result(
     warnings: list[str] | None = None,
 ) -> Path:
     workspace, address = Workspace(site), Address(step, stage, KEY)
-    folder = workspace.output_folder(address)
-    for name, content in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
     result = StepResult(stats={"warnings": warnings or []}, code=Code(version="0", git_sha=None, image_digest=None))
-    workspace.commit(address, folder, spec=STEPS[step], recipe=recipe, inputs={}, result=result)
-    return folder
+    with workspace.attempt(address, "0") as folder:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        workspace.commit(address, folder, spec=STEPS[step], recipe=recipe, inputs={}, result=result, confirm=lambda: None)
+        return folder.parent
 
 
 @pytest.mark.parametrize("command", COMMANDS)

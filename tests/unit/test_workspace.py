@@ -1,21 +1,20 @@
-"""Keys, claims, commits: same key same place, one writer, nothing half-written is ever read."""
+"""Keys and commits: same key same place, one result, nothing half-written is ever read."""
 
 import json
-import os
+import signal
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from model_core.claim import STALE_SECONDS, acquire, current_owner, is_stale
+from model_core.claim import ClaimLostError, acquire
 from model_core.manifest import Code, Manifest, TrackedRun, parse_manifest
 from model_core.recipe import UserError, parse_recipe
 from model_core.site import Site, load_site, parse_site
 from model_core.steps.registry import STEPS
-from model_core.storage import open_storage
 from model_core.workspace import Address, InputFolder, StepResult, Workspace, check_inputs, step_key
 
 RECIPE = parse_recipe({"name": "tiny", "mmdit": {"stages": {"S1": {}, "S2": {}}}}, "recipe")
@@ -24,10 +23,16 @@ CODE = Code(version="0", git_sha=None, image_digest=None)
 
 def commit(workspace: Workspace, content: str = "hello", step: str = "ingest_images") -> Manifest:
     address = Address(step, None, step_key(STEPS["ingest_images"], RECIPE, stage=None, inputs={}, sources=content))
-    folder = workspace.output_folder(address)
-    (folder / "deep").mkdir()
-    (folder / "deep" / "a.txt").write_text(content)
-    return workspace.commit(address, folder, spec=STEPS["ingest_images"], recipe=RECIPE, inputs={}, result=StepResult({"rows": 1}, CODE))
+    return commit_files(workspace, address, {"deep/a.txt": content})
+
+
+def commit_files(workspace: Workspace, address: Address, files: dict[str, str], *, attempt: str = "0", confirm=lambda: None) -> Manifest:
+    with workspace.attempt(address, attempt) as folder:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(content)
+        result = StepResult({"rows": 1}, CODE)
+        return workspace.commit(address, folder, spec=STEPS["ingest_images"], recipe=RECIPE, inputs={}, result=result, confirm=confirm)
 
 
 def test_a_committed_step_is_found_and_its_files_read_back(tmp_path):
@@ -39,15 +44,28 @@ def test_a_committed_step_is_found_and_its_files_read_back(tmp_path):
     assert InputFolder(manifest, site=site).folder("deep").name == "deep"
 
 
-def test_a_folder_without_a_manifest_does_not_exist_and_is_cleared_but_for_its_checkpoints(tmp_path):
+def test_what_an_attempt_that_died_has_left_is_cleared_but_for_its_checkpoints(tmp_path):
     workspace = Workspace(Site(workspace=str(tmp_path)))
     address = Address("train_vae", None, "0" * 16)
-    folder = workspace.output_folder(address)
-    (folder / "half.bin").write_bytes(b"half")
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "state.pt").write_bytes(b"state")
+    folder = tmp_path / address.prefix
+    for name in (".attempt-dead/half.bin", "half/published.bin", "half.bin", "checkpoints/step-00000004/state.pt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"left")
     assert workspace.find(address) is None
-    assert sorted(path.name for path in workspace.output_folder(address).iterdir()) == ["checkpoints"]
+    commit_files(workspace, address, {"half.bin": "whole"})
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
+        "checkpoints/step-00000004/state.pt",
+        "half.bin",
+        "manifest.json",
+    ]
+    assert (folder / "half.bin").read_text() == "whole"
+
+
+def test_a_failed_attempt_leaves_nothing(tmp_path):
+    workspace, address = Workspace(Site(workspace=str(tmp_path))), Address("train_vae", None, "0" * 16)
+    with pytest.raises(IsADirectoryError):
+        commit_files(workspace, address, {"half.bin": "half", "deep/a.txt": "", "deep": "no file can have this name"})
+    assert list((tmp_path / address.prefix).rglob("*")) == []
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing"])
@@ -64,6 +82,106 @@ def test_of_two_commits_of_a_key_the_first_stands(tmp_path):
     workspace = Workspace(Site(workspace=str(tmp_path)))
     first = commit(workspace)
     assert commit(workspace) == first
+
+
+def test_nothing_is_published_by_one_that_holds_the_claim_no_longer(tmp_path):
+    workspace, address = Workspace(Site(workspace=str(tmp_path))), Address("ingest_images", None, "0" * 16)
+
+    def confirm():
+        raise ClaimLostError("taken over")
+
+    with pytest.raises(ClaimLostError):
+        commit_files(workspace, address, {"a.txt": "a"}, confirm=confirm)
+    assert list((tmp_path / address.prefix).rglob("*")) == []
+
+
+# Two attempts at one step: this one is stopped at a moment of its commit, and goes on later.
+STOPPED = """
+import os, signal, sys
+import model_core.workspace
+from model_core import claim
+from tests.unit.test_workspace import ADDRESS, Site, Workspace, commit_files
+
+claim.HEARTBEAT_SECONDS = 100.0  # it notices by the commit alone
+workspace = Workspace(Site(workspace=sys.argv[1]))
+held = claim.take(workspace.storage, f"{ADDRESS.prefix}/claim.json", etag=None, on_lost=lambda: None)
+publish = model_core.workspace.publish
+
+def stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def stopped_before(*arguments, **named):
+    stop()
+    return publish(*arguments, **named)
+
+def confirm():
+    held.confirm()
+    if sys.argv[2] == "within":
+        stop()
+
+if sys.argv[2] == "before":
+    model_core.workspace.publish = stopped_before
+with held:
+    manifest = commit_files(workspace, ADDRESS, {"a.txt": "stopped", "only-stopped.txt": ""}, attempt="stopped", confirm=confirm)
+    print(manifest.files[0].sha256)
+"""
+ADDRESS = Address("ingest_images", None, "0" * 16)
+
+
+@pytest.fixture
+def stopped_at(tmp_path):
+    """Starts the process above and waits until it has stopped."""
+    started = []
+
+    def start(moment: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", STOPPED, str(tmp_path), moment]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at /proc")
+def test_a_process_that_was_stopped_before_its_commit_does_not_touch_the_new_owners_result(tmp_path, stopped_at, monkeypatch):
+    stopped = stopped_at("before")
+    monkeypatch.setattr("model_core.claim.STALE_SECONDS", 0.3)
+    monkeypatch.setattr("model_core.claim.POLL_SECONDS", 0.05)
+    workspace = Workspace(Site(workspace=str(tmp_path)))
+    claim = acquire(workspace.storage, f"{ADDRESS.prefix}/claim.json", finished=lambda: False, on_lost=lambda: None, say=lambda _: None)
+    with claim:
+        manifest = commit_files(workspace, ADDRESS, {"a.txt": "new owner"}, attempt=claim.attempt, confirm=claim.confirm)
+    stopped.send_signal(signal.SIGCONT)
+    _, errors = stopped.communicate(timeout=30)
+    assert "ClaimLostError" in errors
+    assert workspace.find(ADDRESS) == manifest
+    assert sorted(path.name for path in (tmp_path / ADDRESS.prefix).iterdir()) == ["a.txt", "manifest.json"]
+    assert (tmp_path / ADDRESS.prefix / "a.txt").read_text() == "new owner"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks at /proc")
+def test_a_process_that_was_stopped_within_its_commit_makes_the_next_one_wait_and_take_its_result(tmp_path, stopped_at):
+    stopped = stopped_at("within")
+    workspace = Workspace(Site(workspace=str(tmp_path)))
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(commit_files, workspace, ADDRESS, {"a.txt": "other", "only-other.txt": ""}, attempt="other")
+        time.sleep(0.5)
+        assert not other.done()
+        stopped.send_signal(signal.SIGCONT)
+        manifest = other.result(timeout=30)
+    told, _ = stopped.communicate(timeout=30)
+    assert told.strip() == manifest.files[0].sha256
+    assert [entry.path for entry in manifest.files] == ["a.txt", "only-stopped.txt"]
+    assert sorted(path.name for path in (tmp_path / ADDRESS.prefix).iterdir()) == ["a.txt", "manifest.json", "only-stopped.txt"]
 
 
 def test_a_workspace_with_a_space_in_its_name_keeps_its_scratch_inside(tmp_path):
@@ -140,54 +258,3 @@ def test_a_wrong_site_is_one_sentence_that_names_the_field(document, sentence):
 def test_a_missing_site_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="none.yaml"):
         load_site(tmp_path / "none.yaml")
-
-
-def _acquire(storage, **changes):
-    arguments = {"finished": lambda: False, "on_lost": lambda: None, "say": lambda _: None} | changes
-    return acquire(storage, "step/key/claim.json", **arguments)
-
-
-def test_of_eight_that_want_a_claim_one_gets_it_at_a_time(tmp_path):
-    storage = open_storage(tmp_path.as_uri())
-    holders, most = [], []
-
-    def work() -> None:
-        claim = _acquire(storage)
-        with claim:
-            holders.append(1)
-            most.append(len(holders))
-            time.sleep(0.01)
-            holders.pop()
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1, 1, 1]
-
-
-def test_a_claim_of_a_process_that_died_is_taken_over_at_once(tmp_path):
-    storage = open_storage(tmp_path.as_uri())
-    gone = subprocess.Popen([sys.executable, "-c", "pass"])
-    gone.wait()
-    storage.put("step/key/claim.json", json.dumps(asdict(replace(current_owner(), pid=gone.pid))).encode())
-    began = time.monotonic()
-    with _acquire(storage):
-        assert time.monotonic() - began < 1
-        assert json.loads(storage.get("step/key/claim.json"))["pid"] == os.getpid()
-
-
-def test_a_claim_elsewhere_is_stale_only_when_its_heartbeat_stops():
-    owner = replace(current_owner(), host="another/boot")
-    assert not is_stale(owner, now=owner.heartbeat + STALE_SECONDS - 1)
-    assert is_stale(owner, now=owner.heartbeat + STALE_SECONDS + 1)
-
-
-def test_waiting_for_a_claim_ends_when_somebody_else_has_finished(tmp_path):
-    storage = open_storage(tmp_path.as_uri())
-    storage.put("step/key/claim.json", json.dumps(asdict(replace(current_owner(), host="another/boot"))).encode())
-    answers = iter([False, False, True])
-    said = []
-    assert _acquire(storage, finished=lambda: next(answers), say=said.append) is None
-    assert "waiting for process" in said[0]
