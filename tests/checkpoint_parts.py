@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from model_core.storage import Stat, Storage, StorageError
+from model_core.storage import Stat, Storage, StorageError, Unfinished
 
 
 class Part:
@@ -50,21 +50,21 @@ class RemoteStorage:
         if self.fails(method, path):
             raise StorageError(f"{self.uri}/{path}: no route to host")
 
-    def get(self, path: str, *, start: int | None = None, length: int | None = None) -> bytes:
+    def get(self, path: str, *, start: int | None = None, length: int | None = None, sha256: str | None = None) -> bytes:
         self._call("get", path)
-        return self.inner.get(path, start=start, length=length)
+        return self.inner.get(path, start=start, length=length, sha256=sha256)
 
     def put(self, path: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> str:
         self._call("put", path)
         return self.inner.put(path, data, create_only=create_only, if_match=if_match)
 
-    def upload(self, path: str, source: Path, **arguments: Any) -> Any:
+    def upload(self, path: str, source: Path) -> str:
         self._call("upload", path)
-        return self.inner.upload(path, source, **arguments)
+        return self.inner.upload(path, source)
 
-    def download(self, path: str, target: Path, **arguments: Any) -> None:
+    def download(self, path: str, target: Path, *, sha256: str | None = None) -> None:
         self._call("download", path)
-        self.inner.download(path, target, **arguments)
+        self.inner.download(path, target, sha256=sha256)
 
     def stat(self, path: str) -> Stat:
         self._call("stat", path)
@@ -77,6 +77,12 @@ class RemoteStorage:
     def delete(self, path: str) -> None:
         self._call("delete", path)
         self.inner.delete(path)
+
+    def unfinished(self) -> Iterator[Unfinished]:
+        return self.inner.unfinished()
+
+    def abort(self, unfinished: Unfinished) -> None:
+        self.inner.abort(unfinished)
 
     def local_path(self, path: str) -> Path | None:
         return None

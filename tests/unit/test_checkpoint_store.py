@@ -134,11 +134,16 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
+OTHER = "its bytes are not the promised ones"
 DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "flipped byte": ("attempt-*/__0_0.distcp", flip_a_byte, "__0_0.distcp: found sha256 "),
-    "flipped byte of the metadata": ("attempt-*/.metadata", flip_a_byte, ".metadata: found sha256 "),
-    "truncated": ("attempt-*/__0_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-10]), "__0_0.distcp: found "),
-    "missing": ("attempt-*/values.json", Path.unlink, "values.json: missing"),
+    "flipped byte": ("attempt-*/__0_0.distcp", flip_a_byte, f"__0_0.distcp: {OTHER}"),
+    "flipped byte of the metadata": ("attempt-*/.metadata", flip_a_byte, f".metadata: {OTHER}"),
+    "truncated": (
+        "attempt-*/__0_0.distcp",
+        lambda path: path.write_bytes(path.read_bytes()[:-10]),
+        f"__0_0.distcp: {OTHER}",
+    ),
+    "missing": ("attempt-*/values.json", Path.unlink, "values.json: not found"),
     "empty commit": ("COMMIT.json", lambda path: path.write_bytes(b""), "COMMIT.json: not a commit (not JSON)"),
     "commit of something else": ("COMMIT.json", lambda path: path.write_bytes(b"{}"), "COMMIT.json: not a commit ("),
     "commit that points elsewhere": (
@@ -287,10 +292,11 @@ def test_an_object_shorter_than_what_was_written_is_not_committed(
 ) -> None:
     upload = remote.upload
 
-    def upload_half(path: str, source: Path) -> None:
-        upload(path, source)
+    def upload_half(path: str, source: Path) -> str:
+        digest = upload(path, source)
         if path.endswith(".distcp"):
             remote.inner.put(path, source.read_bytes()[:100])
+        return digest
 
     monkeypatch.setattr(remote, "upload", upload_half)
     store = store_of(remote)

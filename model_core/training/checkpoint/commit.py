@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -50,13 +48,6 @@ def parse_commit(data: bytes) -> Commit:
         raise ValueError(f"not a commit ({error.errors()[0]['msg']})") from error
     except ValueError as error:
         raise ValueError("not a commit (not JSON)") from error
-
-
-def saved_file(path: Path) -> SavedFile:
-    """Size and sha256 of a local file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return SavedFile(path=path.name, bytes=file.tell(), sha256=digest)
 
 
 def step_folder(prefix: str, step: int) -> str:

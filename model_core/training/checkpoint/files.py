@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from model_core.storage import StorageError
-from model_core.training.checkpoint.commit import SavedFile, saved_file
 from model_core.training.distributed import Ranks
 
 VALUES = "values.json"
@@ -34,8 +33,8 @@ class _Writer(FileSystemWriter):
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def write_files(folder: Path, document: Any, tensors: Mapping[str, Tensor], *, ranks: Ranks) -> list[SavedFile]:
-    """Writes the state into the new `folder`, synced; returns this rank's files. Collective.
+def write_files(folder: Path, document: Any, tensors: Mapping[str, Tensor], *, ranks: Ranks) -> list[str]:
+    """Writes the state into the new `folder`, synced; returns the names of this rank's files. Collective.
 
     Tensors that all ranks hold alike are shared out among them. Raises StorageError on all ranks when one cannot write.
     """
@@ -51,8 +50,8 @@ def write_files(folder: Path, document: Any, tensors: Mapping[str, Tensor], *, r
             json.dump(document, file)
             file.flush()
             os.fsync(file.fileno())
-    mine = sorted(folder.glob(f"__{ranks.rank}_*.distcp")) + ([folder / METADATA, folder / VALUES] if ranks.is_first else [])
-    return [saved_file(path) for path in mine]
+    mine = sorted(path.name for path in folder.glob(f"__{ranks.rank}_*.distcp"))
+    return [*mine, METADATA, VALUES] if ranks.is_first else mine
 
 
 def read_document(folder: Path) -> Any:

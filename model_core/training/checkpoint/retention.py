@@ -41,9 +41,9 @@ def _remove_leftovers(storage: Storage, prefix: str, *, before: int, kept: Colle
     """Removes attempts that no commit names, of steps before `before`: their writers are gone."""
     attempts: dict[int, set[str]] = {}
     for entry in storage.list(f"{prefix}/step-"):
-        number, _, rest = entry.path.removeprefix(f"{prefix}/step-").partition("/")
-        if "/" in rest and int(number) < before:
-            attempts.setdefault(int(number), set()).add(rest.partition("/")[0])
+        step, attempt = _step_and_attempt(prefix, entry.path)
+        if attempt and step < before:
+            attempts.setdefault(step, set()).add(attempt)
     for step, names in attempts.items():
         if step in kept and len(names) == 1:
             continue
@@ -51,3 +51,12 @@ def _remove_leftovers(storage: Storage, prefix: str, *, before: int, kept: Colle
         named = {parse_commit(storage.get(f"{folder}/{COMMIT}")).attempt} if step in kept else set()
         for name in names - named:
             remove_below(storage, f"{folder}/{name}")
+    for upload in storage.unfinished():
+        if upload.path.startswith(f"{prefix}/step-") and _step_and_attempt(prefix, upload.path)[0] < before:
+            storage.abort(upload)
+
+
+def _step_and_attempt(prefix: str, path: str) -> tuple[int, str]:
+    """Of an object below a checkpoint's folder; the attempt is empty for the commit itself."""
+    step, _, rest = path.removeprefix(f"{prefix}/step-").partition("/")
+    return int(step), rest.rpartition("/")[0]

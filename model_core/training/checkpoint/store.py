@@ -177,13 +177,13 @@ class CheckpointStore:
         from model_core.training.checkpoint.files import sync_folders, write_files  # torch, for which other steps need not wait
 
         place = place_of(self._storage, folder, scratch=self._scratch)
-        files = write_files(place, document, tensors, ranks=self._ranks)
-        if self._storage.local_path(folder) is None:
-            for file in files:
-                self._storage.upload(f"{folder}/{file.path}", place / file.path)
-        elif self._ranks.is_first:
+        stored = []
+        for name in write_files(place, document, tensors, ranks=self._ranks):
+            digest = self._storage.upload(f"{folder}/{name}", place / name)  # only reads what lies in the store already
+            stored.append(SavedFile(path=name, bytes=(place / name).stat().st_size, sha256=digest))
+        if self._ranks.is_first:
             sync_folders(place, *place.parents[:3])
-        return files
+        return stored
 
     def _commit(self, commit: Commit, folder: str) -> None:
         """Makes the stored files a checkpoint; when another process has committed this step meanwhile, theirs stands."""
