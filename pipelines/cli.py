@@ -141,14 +141,14 @@ def verify(
     site: SiteName = DEFAULT_SITE,
     as_json: AsJson = False,
 ) -> None:
-    """Reads every file that a manifest names again, and compares it with the digest written there."""
+    """Reads every file that a manifest names again, and holds each training's ledger against the samples it should have used."""
     where = find_site(site)
     from pipelines.verify import verify as read_again
 
     result = read_again(place, where)
     for finding in result.findings:
         typer.echo(f"{finding.problem}: {finding.uri}", err=True)
-    amount = f"{result.num_manifests} manifests, {result.num_files} files, {result.num_bytes / 2**20:.1f} MiB"
+    amount = f"{result.num_manifests} manifests, {result.num_files} files, {result.num_ledgers} ledgers, {result.num_bytes / 2**20:.1f} MiB"
     _show(asdict(result) if as_json else f"{amount}: {len(result.findings)} not as promised")
     if result.findings:
         raise typer.Exit(1)

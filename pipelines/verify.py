@@ -13,10 +13,12 @@ from model_core.site import Site
 from model_core.storage import NotFoundError, Storage, open_storage
 from model_core.workspace import Workspace, matches
 
+LEDGER = "ledger.json"
+
 
 @dataclass(frozen=True)
 class Finding:
-    """One file that is not what a manifest says: its uri, and "missing" or "changed"."""
+    """One file that is not what it should be: its uri, and "missing", "changed" or what is wrong with what it says."""
 
     uri: str
     problem: str
@@ -29,6 +31,7 @@ class Verification:
     num_manifests: int
     num_files: int
     num_bytes: int
+    num_ledgers: int
     findings: tuple[Finding, ...]
 
 
@@ -38,9 +41,10 @@ def verify(place: str, site: Site) -> Verification:
     Raises UserError when there is no manifest at `place`.
     """
     manifests = list(find_manifests(place, site))
-    findings = [finding for manifest in manifests for finding in check_files(manifest, site)]
+    findings = [finding for manifest in manifests for finding in (*check_files(manifest, site), *check_ledger(manifest, site))]
     entries = [entry for manifest in manifests for entry in manifest.files]
-    return Verification(len(manifests), len(entries), sum(entry.bytes for entry in entries), tuple(findings))
+    ledgers = sum(LEDGER in (entry.path for entry in manifest.files) for manifest in manifests)
+    return Verification(len(manifests), len(entries), sum(entry.bytes for entry in entries), ledgers, tuple(findings))
 
 
 def find_manifests(place: str, site: Site) -> Iterator[Manifest]:
@@ -68,6 +72,18 @@ def check_files(manifest: Manifest, site: Site) -> Iterator[Finding]:
                 yield Finding(f"{manifest.uri}/{entry.path}", "missing")
             elif not matches(local, entry):
                 yield Finding(f"{manifest.uri}/{entry.path}", "changed")
+
+
+def check_ledger(manifest: Manifest, site: Site) -> Iterator[Finding]:
+    """What is wrong with the ledger of a training: samples that were lost, or met twice in an epoch."""
+    if LEDGER in (entry.path for entry in manifest.files):
+        from model_core.training.audit import audit  # torch, for which nobody waits who has no ledger to check
+
+        try:
+            problems = audit(manifest, site)
+        except UserError as error:  # the ledger itself, or what it must be held against, is missing or changed
+            problems = [f"cannot be checked: {error}"]
+        yield from (Finding(f"{manifest.uri}/{LEDGER}", problem) for problem in problems)
 
 
 def _local_copy(storage: Storage, path: str, scratch: Path) -> Path | None:

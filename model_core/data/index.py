@@ -139,6 +139,7 @@ def write_index(folder: Path, groups: Sequence[RowGroup]) -> Index:
     """Writes the first version of a data set's index below `folder`, and the pointer to it."""
     data = _encode(groups)
     index = _decode(data, version=0)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / _name(0)).write_bytes(data)
     (folder / POINTER).write_bytes(_pointer(index))
     return index

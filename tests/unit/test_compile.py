@@ -77,6 +77,7 @@ def test_inputs_come_from_the_steps_that_make_them() -> None:
         "kept": "filter_images-S2",
         "captions": "caption_images",
         "vae": "train_vae",
+        "encoder": "prepare_encoder",
         "images": "ingest_images",
         "text_images": "render_text",
         "edits": "build_edits",
