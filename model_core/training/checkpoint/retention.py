@@ -7,7 +7,7 @@ from collections.abc import Collection
 from contextlib import suppress
 
 from model_core.storage import Storage
-from model_core.training.checkpoint.commit import COMMIT, committed_steps, read_commit, parts_of, step_folder
+from model_core.training.checkpoint.commit import COMMIT, committed_steps, parts_of, read_commit, step_folder
 
 
 def remove_outdated(storage: Storage, prefix: str, *, keep_last: int, keep_every_steps: int | None, damaged: Collection[int] = ()) -> None:
