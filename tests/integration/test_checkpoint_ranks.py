@@ -28,7 +28,9 @@ PREFIX = "train_mmdit/0/checkpoints"
 DEADLINE_SECONDS = 120
 PROCESSES = multiprocessing.get_context("forkserver")
 # Each process would spend seconds on these imports.
-PROCESSES.set_forkserver_preload(["torch.distributed.fsdp", "boto3", "tests.checkpoint_parts", "model_core.training.checkpoint.files"])
+PROCESSES.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "boto3", "pytest", "tests.checkpoint_parts", "model_core.training.checkpoint.files"]
+)
 
 
 def on_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:

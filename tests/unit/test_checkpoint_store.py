@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from model_core.storage import Storage, StorageError, open_storage
+from model_core.storage import Storage, StorageError, Unfinished, open_storage
 from model_core.training.checkpoint import CheckpointStore, Restored
 from tests.checkpoint_parts import Part, RemoteStorage, value_of, weights
 
@@ -237,6 +238,45 @@ def test_attempts_that_were_never_committed_go_once_they_are_older_than_the_newe
     save(store_of(storage), 400)
     assert not list((tmp_path / "store").rglob("attempt-deadbeef/*"))
     assert restored(store_of(storage)) == (400, 400.0)
+
+
+def test_uploads_that_a_killed_writer_has_begun_are_given_up_once_older_than_the_newest_commit(
+    remote: RemoteStorage, store_of: Callable[..., CheckpointStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = {
+        step: Unfinished(f"{PREFIX}/step-{step:08d}/attempt-deadbeef/__0_0.distcp", id=str(step), started_at=0.0, size=None)
+        for step in (100, 300)
+    }
+    elsewhere = Unfinished("train_vae/1/vae/model.safetensors", id="x", started_at=0.0, size=None)
+    aborted: list[Unfinished] = []
+    monkeypatch.setattr(remote, "unfinished", lambda: iter([*begun.values(), elsewhere]))
+    monkeypatch.setattr(remote, "abort", aborted.append)
+    save(store_of(remote), 200)
+    assert aborted == [begun[100]]
+
+
+def test_a_folder_that_a_person_has_put_aside_is_left_alone(
+    storage: Storage, store_of: Callable[..., CheckpointStore], tmp_path: Path
+) -> None:
+    save(store_of(storage), 100)
+    shutil.copytree(folder(tmp_path, 100), folder(tmp_path, 100).with_name("step-00000100.kept"))
+    store = store_of(storage, keep_last=1)
+    assert restored(store) == (100, 100.0)
+    save(store, 200)
+    assert files(tmp_path) == ["step-00000100.kept", "step-00000200"]
+
+
+def test_a_commit_damaged_since_does_not_stop_training(
+    storage: Storage, store_of: Callable[..., CheckpointStore], said: list[str], tmp_path: Path
+) -> None:
+    store = store_of(storage)
+    save(store, 100)
+    (folder(tmp_path, 100) / "COMMIT.json").write_bytes(b"")
+    (folder(tmp_path, 100) / "attempt-deadbeef").mkdir()
+    (folder(tmp_path, 100) / "attempt-deadbeef" / ".metadata").write_bytes(b"")
+    save(store, 200)
+    assert said == [f"old checkpoints cannot be removed: {storage.uri}/{PREFIX}/step-00000100/COMMIT.json: not a commit (not JSON)"]
+    assert restored(store_of(storage)) == (200, 200.0)
 
 
 def test_clearing_leaves_nothing(storage: Storage, store_of: Callable[..., CheckpointStore], tmp_path: Path) -> None:

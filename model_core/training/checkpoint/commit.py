@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model_core.storage import Storage
 
 COMMIT = "COMMIT.json"
+_PATH = re.compile(r"step-(?P<step>\d{8,})/((?P<attempt>attempt-[0-9a-f]{8})/)?(?P<name>[^/]+)")
 
 
 class SavedFile(BaseModel):
@@ -40,14 +42,15 @@ class Commit(BaseModel):
         return (json.dumps(self.model_dump(by_alias=True), sort_keys=True, indent=2) + "\n").encode()
 
 
-def parse_commit(data: bytes) -> Commit:
-    """A commit from its bytes; raises ValueError when they are not one."""
+def read_commit(storage: Storage, path: str) -> Commit:
+    """A commit as it is stored. Raises ValueError when the object at `path` is none, NotFoundError when there is no object."""
+    data = storage.get(path)
     try:
         return Commit.model_validate(json.loads(data))
     except ValidationError as error:
-        raise ValueError(f"not a commit ({error.errors()[0]['msg']})") from error
+        raise ValueError(f"{storage.uri}/{path}: not a commit ({error.errors()[0]['msg']})") from error
     except ValueError as error:
-        raise ValueError("not a commit (not JSON)") from error
+        raise ValueError(f"{storage.uri}/{path}: not a commit (not JSON)") from error
 
 
 def step_folder(prefix: str, step: int) -> str:
@@ -55,7 +58,13 @@ def step_folder(prefix: str, step: int) -> str:
     return f"{prefix}/step-{step:08d}"
 
 
+def parts_of(prefix: str, path: str) -> tuple[int, str | None, str] | None:
+    """(step, attempt, file name) of an object's path; a commit has no attempt. None for what is no part of a checkpoint."""
+    found = _PATH.fullmatch(path.removeprefix(f"{prefix}/"))
+    return None if found is None else (int(found["step"]), found["attempt"], found["name"])
+
+
 def committed_steps(storage: Storage, prefix: str) -> list[int]:
     """Steps that have a commit, in rising order."""
-    parts = [entry.path.removeprefix(f"{prefix}/").split("/") for entry in storage.list(f"{prefix}/step-")]
-    return sorted(int(part[0].removeprefix("step-")) for part in parts if len(part) == 2 and part[1] == COMMIT)
+    found = (parts_of(prefix, entry.path) for entry in storage.list(f"{prefix}/step-"))
+    return sorted(parts[0] for parts in found if parts is not None and parts[1:] == (None, COMMIT))

@@ -18,13 +18,19 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from model_core.storage import StorageError
+from model_core.training.checkpoint.commit import SavedFile
+from model_core.training.checkpoint.hashing import HashingFileSystem
 from model_core.training.distributed import Ranks
 
 VALUES = "values.json"
-METADATA = ".metadata"
 
 
 class _Writer(FileSystemWriter):
+    def __init__(self, folder: Path) -> None:
+        # One thread: an error in any other of DCP's would be printed and forgotten, and the files would be incomplete.
+        super().__init__(folder, thread_count=1, sync_files=True, overwrite=False)
+        self.fs: HashingFileSystem = HashingFileSystem()
+
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
             return super().write_data(plan, planner)
@@ -33,25 +39,23 @@ class _Writer(FileSystemWriter):
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
-def write_files(folder: Path, document: Any, tensors: Mapping[str, Tensor], *, ranks: Ranks) -> list[str]:
-    """Writes the state into the new `folder`, synced; returns the names of this rank's files. Collective.
+def write_files(folder: Path, document: Any, tensors: Mapping[str, Tensor], *, ranks: Ranks) -> list[SavedFile]:
+    """Writes the state into the new `folder`, synced; returns this rank's files. Collective.
 
     Tensors that all ranks hold alike are shared out among them. Raises StorageError on all ranks when one cannot write.
     """
     _quiet()
-    # One thread: an error in any other of DCP's would be printed and forgotten, and the files would be incomplete.
-    writer = _Writer(folder, thread_count=1, sync_files=True, overwrite=False)
+    writer = _Writer(folder)
     try:
         save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.size == 1)
     except CheckpointException as error:
         raise StorageError(_reason(error, folder)) from error
     if ranks.is_first:
-        with (folder / VALUES).open("x") as file:
-            json.dump(document, file)
+        with writer.fs.create_stream(folder / VALUES, "wb") as file:
+            file.write(json.dumps(document).encode())
             file.flush()
             os.fsync(file.fileno())
-    mine = sorted(path.name for path in folder.glob(f"__{ranks.rank}_*.distcp"))
-    return [*mine, METADATA, VALUES] if ranks.is_first else mine
+    return [SavedFile(path=name, bytes=size, sha256=sha256) for name, (size, sha256) in sorted(writer.fs.written.items())]
 
 
 def read_document(folder: Path) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from contextlib import suppress
 
 from model_core.storage import Storage
-from model_core.training.checkpoint.commit import COMMIT, committed_steps, parse_commit, step_folder
+from model_core.training.checkpoint.commit import COMMIT, committed_steps, parts_of, read_commit, step_folder
 
 
 def remove_outdated(storage: Storage, prefix: str, *, keep_last: int, keep_every_steps: int | None, damaged: Collection[int] = ()) -> None:
@@ -41,22 +41,17 @@ def _remove_leftovers(storage: Storage, prefix: str, *, before: int, kept: Colle
     """Removes attempts that no commit names, of steps before `before`: their writers are gone."""
     attempts: dict[int, set[str]] = {}
     for entry in storage.list(f"{prefix}/step-"):
-        step, attempt = _step_and_attempt(prefix, entry.path)
-        if attempt and step < before:
-            attempts.setdefault(step, set()).add(attempt)
+        parts = parts_of(prefix, entry.path)
+        if parts is not None and parts[1] is not None and parts[0] < before:
+            attempts.setdefault(parts[0], set()).add(parts[1])
     for step, names in attempts.items():
         if step in kept and len(names) == 1:
             continue
         folder = step_folder(prefix, step)
-        named = {parse_commit(storage.get(f"{folder}/{COMMIT}")).attempt} if step in kept else set()
+        named = {read_commit(storage, f"{folder}/{COMMIT}").attempt} if step in kept else set()
         for name in names - named:
             remove_below(storage, f"{folder}/{name}")
     for upload in storage.unfinished():
-        if upload.path.startswith(f"{prefix}/step-") and _step_and_attempt(prefix, upload.path)[0] < before:
+        parts = parts_of(prefix, upload.path)
+        if parts is not None and parts[0] < before:
             storage.abort(upload)
-
-
-def _step_and_attempt(prefix: str, path: str) -> tuple[int, str]:
-    """Of an object below a checkpoint's folder; the attempt is empty for the commit itself."""
-    step, _, rest = path.removeprefix(f"{prefix}/step-").partition("/")
-    return int(step), rest.rpartition("/")[0]

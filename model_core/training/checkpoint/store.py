@@ -62,6 +62,8 @@ class CheckpointStore:
         keep_last: int = 2,
         keep_every_steps: int | None = None,
     ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"keep_last is {keep_last}; at least one checkpoint must stay")
         self._storage, self._prefix, self._say = storage, prefix.rstrip("/"), say
         self._scratch = scratch / "checkpoints"
         self._ranks = _own_group(ranks)
@@ -177,13 +179,14 @@ class CheckpointStore:
         from model_core.training.checkpoint.files import sync_folders, write_files  # torch, for which other steps need not wait
 
         place = place_of(self._storage, folder, scratch=self._scratch)
-        stored = []
-        for name in write_files(place, document, tensors, ranks=self._ranks):
-            digest = self._storage.upload(f"{folder}/{name}", place / name)  # only reads what lies in the store already
-            stored.append(SavedFile(path=name, bytes=(place / name).stat().st_size, sha256=digest))
-        if self._ranks.is_first:
+        files = write_files(place, document, tensors, ranks=self._ranks)
+        if self._storage.local_path(folder) is None:
+            for file in files:
+                if self._storage.upload(f"{folder}/{file.path}", place / file.path) != file.sha256:
+                    raise StorageError(f"{place / file.path}: changed between writing and upload")
+        elif self._ranks.is_first:
             sync_folders(place, *place.parents[:3])
-        return stored
+        return files
 
     def _commit(self, commit: Commit, folder: str) -> None:
         """Makes the stored files a checkpoint; when another process has committed this step meanwhile, theirs stands."""
@@ -206,7 +209,7 @@ class CheckpointStore:
         if self._ranks.is_first:
             try:
                 removal()
-            except StorageError as error:
+            except (StorageError, ValueError) as error:  # ValueError: of a commit that was damaged since
                 self._say(f"old checkpoints cannot be removed: {error}")
 
     def _begin_restoring(self) -> list[int]:

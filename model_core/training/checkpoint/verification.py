@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model_core.storage import CorruptError, NotFoundError, Storage
 from model_core.training.checkpoint.agreement import together
-from model_core.training.checkpoint.commit import COMMIT, Commit, parse_commit, step_folder
+from model_core.training.checkpoint.commit import COMMIT, Commit, read_commit, step_folder
 from model_core.training.distributed import Ranks
 
 
@@ -21,7 +21,7 @@ def examine(storage: Storage, prefix: str, step: int, *, scratch: Path, ranks: R
     The ranks of a machine share out the files, and fetch those of a remote store, so each is read there once.
     Raises StorageError on all ranks when the store cannot be read.
     """
-    found = together(ranks, lambda: _read_commit(storage, prefix, step) if ranks.is_first else None)[0]
+    found = together(ranks, lambda: _commit_of(storage, prefix, step) if ranks.is_first else None)[0]
     if not isinstance(found, Commit):
         assert found is not None, "rank 0 reads the commit"
         return found
@@ -29,14 +29,12 @@ def examine(storage: Storage, prefix: str, step: int, *, scratch: Path, ranks: R
     return complaints[0] if complaints else found
 
 
-def _read_commit(storage: Storage, prefix: str, step: int) -> Commit | str:
+def _commit_of(storage: Storage, prefix: str, step: int) -> Commit | str:
     path = f"{step_folder(prefix, step)}/{COMMIT}"
     try:
-        commit = parse_commit(storage.get(path))
-    except NotFoundError as error:
+        commit = read_commit(storage, path)
+    except (NotFoundError, ValueError) as error:
         return str(error)
-    except ValueError as error:
-        return f"{storage.uri}/{path}: {error}"
     return commit if commit.step == step else f"{storage.uri}/{path}: is of step {commit.step}"
 
 
