@@ -97,6 +97,7 @@ def run(context: StepContext) -> dict[str, Any]:
     assert isinstance(ema, ResidualVAE)
     return _publish(context, ema=ema, pictures=pictures, held_out=held_out, curves=curves) | {
         "steps": config.steps,
+        "ranks": ranks.size,
         "pictures": len(pictures),
         "parameters": sum(parameter.numel() for parameter in ema.parameters()),
         "train_seconds": round(seconds - batch_seconds, 3),

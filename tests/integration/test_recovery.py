@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -82,3 +83,29 @@ def test_a_workspace_on_s3_has_the_same_keys_and_digests_as_one_on_a_disk(
     remote, local = ({(step["step"], step["stage"]): step["key"] for step in run["steps"]} for run in (told, first))
     assert remote == local
     assert json.loads(here("verify", site["workspace"], "--site", "site.yaml", "--json"))["findings"] == []
+
+
+def test_training_on_two_ranks_gives_the_results_of_one_up_to_rounding(
+    darkroom: Darkroom, first: dict[str, Any], copy_without_training: Darkroom
+) -> None:
+    site = {"workspace": "workspace", "launch": {"steps": {step: {"processes": 2} for step in ("train_vae", "train_mmdit")}}}
+    (copy_without_training.here / "two.yaml").write_text(yaml.safe_dump(site))
+    told = json.loads(copy_without_training("run", "smoke", "--name", "two", "--site", "two.yaml", "--json"))
+    assert json.loads(copy_without_training("verify", "workspace", "--json"))["findings"] == []
+    manifests = [json.loads(path.read_bytes()) for path in copy_without_training.workspace.glob("train_*/*/manifest.json")]
+    assert [manifest["stats"]["ranks"] for manifest in manifests] == [2, 2, 2]
+    for name, value in first["scores"].items():
+        if name.startswith(("vae/", "val_loss/")):
+            assert told["scores"][name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_what_several_processes_cannot_do_is_refused_in_one_sentence(first: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "site.yaml").write_text("{}")
+    recipe = Path(__file__).parents[2] / "pipelines/recipes/smoke.yaml"
+    command = [sys.executable, "-m", "model_core.torchrun", "2", "ingest_images", "--recipe", str(recipe), "--site", "site.yaml"]
+    done = subprocess.run(
+        [*command, "--run", "r", "--output", "m.json"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 10, done.stderr
+    assert "launch profile of ingest_images: found 2 processes; allowed is 1, only train_vae, train_mmdit take more" in done.stderr
+    assert "Traceback" not in done.stderr

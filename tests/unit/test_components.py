@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from components.launch import INFRASTRUCTURE, SCHEDULERS, StepError, run_step
-from components.launch.local import ALIVE_FILE, LINE_MARK, RUN_FOLDER, is_alive
+from components.launch.local import ALIVE_FILE, LINE_MARK, RUN_FOLDER, Outcome, is_alive
 from model_core.steps.registry import STEPS
 
 # Stands where `python -m model_core` looks first: it says what it was given, and ends as it was told.
@@ -136,6 +136,24 @@ def test_exit_code_becomes_an_error_that_says_what_it_means(code: int, words: st
 def test_unknown_scheduler_is_refused_with_those_there_are() -> None:
     with pytest.raises(StepError, match=", ".join(SCHEDULERS)):
         run_step("train_vae", recipe="{}", site='{"launch": {"default": {"scheduler": "slurm"}}}', run="r", inputs={}, output="m.json")
+
+
+@pytest.mark.parametrize(("processes", "program"), [(1, ["model_core"]), (3, ["model_core.torchrun", "3"])])
+def test_a_step_of_several_processes_is_started_by_torchrun(
+    processes: int, program: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def start(argv: list[str], _label: str) -> Outcome:
+        started.append(argv)
+        return Outcome(0, ())
+
+    monkeypatch.setitem(SCHEDULERS, "local_cwd", start)
+    site = json.dumps({"launch": {"steps": {"train_vae": {"processes": processes}}}})
+    for step in ("train_vae", "ingest_images"):
+        run_step(step, recipe="{}", site=site, run="r", inputs={}, output=str(tmp_path / "m.json"))
+    assert started[0][1 : 3 + len(program)] == ["-m", *program, "train_vae"]
+    assert started[1][1:4] == ["-m", "model_core", "ingest_images"]
 
 
 def start_launcher(folder: Path, *, run_folder: Path | None = None, recipe: dict[str, Any]) -> subprocess.Popen[str]:
