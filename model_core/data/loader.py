@@ -46,13 +46,13 @@ class MicroBatch:
 class Batch:
     """A rank's share of a global batch.
 
-    `ids` are the samples in it, by kind and epoch; `missing` counts those that lie in quarantined row groups. `tokens` are
-    those of pictures and prompts, `padded_tokens` what the model computes for them.
+    `ids` are the samples in it, by kind and epoch; `missing` those that lie in quarantined row groups, as (row group, row).
+    `tokens` are those of pictures and prompts, `padded_tokens` what the model computes for them.
     """
 
     micro_batches: list[MicroBatch]
     ids: dict[tuple[str, int], list[bytes]]
-    missing: int
+    missing: dict[tuple[str, int], list[tuple[int, int]]]
     tokens: int
     padded_tokens: int
 
@@ -128,14 +128,14 @@ class Loader:
         samples = self.plan.share(number, rank=self.ranks.rank, size=self.ranks.size)
         drawn: dict[tuple[tuple[int, int], int], list[_Sample]] = defaultdict(list)
         ids: dict[tuple[str, int], list[bytes]] = defaultdict(list)
-        missing = 0
+        missing: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
         for group_number in dict.fromkeys(samples.groups.tolist()):
             mine = samples.take(samples.groups == group_number)
             group = self.groups.get(group_number)
-            if group is None:
-                missing += len(mine)
-                continue
             for kind, row, epoch in zip(mine.kinds.tolist(), mine.rows.tolist(), mine.epochs.tolist(), strict=True):
+                if group is None:
+                    missing[self.plan.kinds[kind], epoch].append((group_number, row))
+                    continue
                 sample = _draw(group, row, epoch, self.plan, self.draws)
                 drawn[(group.bucket.height, group.bucket.width), group.bucket.num_references].append(sample)
                 ids[self.plan.kinds[kind], epoch].append(group.sample_ids[row])
@@ -143,7 +143,7 @@ class Loader:
         return Batch(
             micro_batches=[_micro_batch(cut) for cut in cuts],
             ids=dict(ids),
-            missing=missing,
+            missing=dict(missing),
             tokens=sum(sample.tokens for cut in cuts for sample in cut),
             padded_tokens=sum(len(cut) * max(sample.tokens for sample in cut) for cut in cuts),
         )

@@ -94,7 +94,7 @@ class Plan:
 
     def locate(self, kind: str, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(row groups, rows in them) at these places of an epoch's order, each (n,)."""
-        _, ends = self._epoch(kind, epoch)
+        _, ends = self.epoch(kind, epoch)
         windows = np.searchsorted(ends, places, side="right")
         groups, rows = np.empty(len(places), dtype=np.int64), np.empty(len(places), dtype=np.int64)
         for window in np.unique(windows):
@@ -105,7 +105,7 @@ class Plan:
         return groups, rows
 
     @lru_cache(maxsize=16)  # noqa: B019 - a plan lives as long as its stage
-    def _epoch(self, kind: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def epoch(self, kind: str, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the kind's row groups, (G,) into `rows[kind]`, and the place at which each window ends."""
         rows = self.rows[kind]
         order = keyed_permutation(len(rows.groups), self.digest, self.seed, self.stage, kind, epoch, "row groups")
@@ -116,7 +116,7 @@ class Plan:
     @lru_cache(maxsize=64)  # noqa: B019
     def _window(self, kind: str, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
         """A window's rows in their order: (row group, as a number in `rows[kind]`; row in it), each (rows of the window,)."""
-        order, _ = self._epoch(kind, epoch)
+        order, _ = self.epoch(kind, epoch)
         members = order[window * self.window : (window + 1) * self.window]
         counts = self.rows[kind].counts[members].astype(np.int64)
         owners = np.repeat(members, counts)

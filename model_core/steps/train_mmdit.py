@@ -69,7 +69,7 @@ def run(context: StepContext) -> dict[str, Any]:
     first = resume(context.checkpoints, stateful, ledger)
 
     def save(step: int) -> None:
-        ledger.join(ranks, list(groups.quarantined))
+        ledger.join(ranks)
         notes = {"ledger": ledger.state_dict(), "plan": plan_document(plan), "recipe": context.recipe.digest()}
         context.checkpoints.save(step, stateful, notes=notes)
 
@@ -80,7 +80,7 @@ def run(context: StepContext) -> dict[str, Any]:
             sum_gradients(model.parameters(), ranks)
             norm = optimizer.step(step)
             update_ema(ema, model, step=step, decay=recipe.ema_decay)
-            ledger.add(batch.ids)
+            ledger.add(batch.ids, batch.missing)
             curves.add(loss, norm)
             done = step + 1
             if done % recipe.log_every_steps == 0 or done == stage.steps:
@@ -96,14 +96,15 @@ def run(context: StepContext) -> dict[str, Any]:
             context.show(done, stage.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
 
-    ledger.join(ranks, list(groups.quarantined))
+    ledger.join(ranks)
     if not ranks.is_first:
         return {}
     return _publish(context, ema=ema, encoder=encoder, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
         "steps": stage.steps,
         "samples": sum(step.count for step in ledger.steps),
         "trained_rows": sum(rows.total for rows in plan.rows.values()),
-        "quarantined_rows": int(index.rows[sorted(ledger.quarantined)].sum()) if ledger.quarantined else 0,
+        "missing_samples": ledger.num_missing,
+        "warnings": missing_warnings(ledger, index),
         "vae": made.vae,
         "ranks": ranks.size,
         "train_seconds": round(seconds - loader.waited.seconds, 3),
@@ -111,6 +112,15 @@ def run(context: StepContext) -> dict[str, Any]:
         "data_wait_share": round(loader.waited.seconds / max(seconds, 1e-9), 5),
         "samples_per_second": round((stage.steps - first) * stage.batch_size / max(seconds, 1e-9), 1),
     }
+
+
+def missing_warnings(ledger: Ledger, index: Index) -> list[str]:
+    """What a reader of the report must know of samples that were left out."""
+    damaged = sorted({group for groups in ledger.missing.values() for group in groups})
+    if not damaged:
+        return []
+    named = ", ".join(str(index[number]) for number in damaged[:3]) + (" and others" if len(damaged) > 3 else "")
+    return [f"{ledger.num_missing} samples were left out, as their row groups are missing or damaged: {named}"]
 
 
 def stage_plan(context: StepContext, index: Index) -> Plan:

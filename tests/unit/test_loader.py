@@ -174,7 +174,7 @@ def test_an_error_in_a_worker_reaches_the_training_loop(small, monkeypatch):
     def broken(self: Loader, number: int) -> Batch:
         if number == 2:
             raise RuntimeError("worker of batch 2")
-        return Batch([], {}, 0, 0, 0)
+        return Batch([], {}, {}, 0, 0)
 
     monkeypatch.setattr(Loader, "batch", broken)
     with pytest.raises(RuntimeError, match="batch 2"):
@@ -186,3 +186,25 @@ def test_noise_is_standard_normal(pictures):
         [micro.noise.flatten() for number in range(60) for micro in loader(pictures, kinds=("image",)).batch(number).micro_batches]
     )
     assert np.abs([noise.mean().item(), noise.std().item() - 1]).max() < 0.03
+
+
+def test_rows_of_a_damaged_row_group_are_left_out_and_named(tmp_path):
+    index = write_latents(tmp_path, {"image": 40})
+    path = tmp_path / index[0].path
+    data = bytearray(path.read_bytes())
+    data[index[4].offset + 30] ^= 1
+    path.write_bytes(data)
+    said: list[str] = []
+    whole = loader((LatentFolder(tmp_path), index), batch_size=8, kinds=("image",), workers=2)
+    it = dataclasses.replace(whole, groups=RowGroups(LatentFolder(tmp_path), index, latent_group, capacity=16, say=said.append))
+    ledger = Ledger()
+    for number, batch in enumerate(it.stream(0, 5)):
+        planned = it.plan.batch(number)
+        places = [(4, row) for row in sorted(planned.rows[planned.groups == 4].tolist())]
+        assert sorted(place for places in batch.missing.values() for place in places) == places
+        assert sum(map(len, batch.micro_batches)) == 8 - len(places)
+        ledger.add(batch.ids, batch.missing)
+    ledger.join(Ranks())
+    assert ledger.num_missing == 4
+    assert check_ledger(ledger, it.plan, it.groups) == []
+    assert len(said) == 1
