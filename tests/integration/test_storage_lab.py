@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from model_core.storage import S3Settings, Storage, StorageError, open_storage
-from tests.storage_conformance import RealS3Conformance
+from tests.s3_conformance import RealS3Conformance
 
 pytestmark = pytest.mark.lab
 

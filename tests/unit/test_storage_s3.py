@@ -20,7 +20,7 @@ from model_core.storage.s3_connection import S3Connection
 from model_core.storage.s3_multipart import part_bytes
 from model_core.storage.settings import MiB
 from tests.faults import Exchange, Proxy, answer, cut_answer, flip_sent_byte, lose_answer
-from tests.storage_conformance import S3Conformance
+from tests.s3_conformance import S3Conformance
 
 
 @pytest.fixture(scope="module")
