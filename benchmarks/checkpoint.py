@@ -170,6 +170,7 @@ def main() -> None:
         memory_gib=round(memory / 2**30, 1),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
+        load_average=round(os.getloadavg()[0], 1),  # other work on the machine, which all figures suffer from
         command=" ".join(["python", *sys.argv]),
     )
     with tempfile.TemporaryDirectory(prefix="darkroom-benchmark-") as name:
