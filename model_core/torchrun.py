@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main as torchrun
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 INFRASTRUCTURE = 20  # exit code: run it again
 
@@ -20,8 +21,17 @@ def main(arguments: list[str]) -> int:
     """Runs the ranks to their end; returns 0, or the exit code of the first that failed: 20 when a signal ended it."""
     num, *step = arguments
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(num))))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=int(num),
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # a free port
+        max_restarts=0,  # whoever started this knows when a second try makes sense
+    )
     try:
-        torchrun(["--standalone", "--nproc-per-node", num, "--module", "model_core", *step])
+        elastic_launch(config, sys.executable)("-m", "model_core", *step)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:

@@ -70,6 +70,8 @@ class Step:
         for line in process.stdout:
             if RUNNING.search(line):
                 break
+        else:
+            raise AssertionError("the step ended before it trained")
         time.sleep(draw.uniform(0.0, 0.5))
         claims = list((self.here / "workspace" / self.step).glob("*/claim.json"))
         # Either the whole step dies, as with its machine, or the first rank alone, as for want of memory.
@@ -77,7 +79,8 @@ class Step:
         alive = process.poll() is None
         with suppress(ProcessLookupError):  # it was done a moment ago
             os.kill(victim, signal.SIGKILL)
-        process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode in (0, 20, -signal.SIGKILL), output.decode()
         return alive and process.returncode != 0
 
 
