@@ -99,6 +99,9 @@ class StorageConformance:
         assert (tmp_path / "new" / "target").read_bytes() == content
         assert [file.name for file in (tmp_path / "new").iterdir()] == ["target"]
 
+    def test_upload_under_a_condition_replaces_no_other_writers_object(self, storage: Storage, tmp_path: Path) -> None:
+        check_conditional_upload(storage, tmp_path, size=1000)
+
     def test_upload_of_a_missing_file_writes_nothing(self, storage: Storage, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             storage.upload("object", tmp_path / "missing")
@@ -236,14 +239,6 @@ class S3Conformance(StorageConformance):
         [found] = open_storage(f"{storage.uri}/a", settings).unfinished()
         assert found.path == "large"
 
-    def test_two_uploads_of_one_file_at_once_both_end_well(self, storage: Storage, tmp_path: Path) -> None:
-        content = random.Random(0).randbytes(11 * MiB)
-        (tmp_path / "source").write_bytes(content)
-        with ThreadPoolExecutor(2) as pool:
-            both = list(pool.map(lambda _: storage.upload("large", tmp_path / "source"), range(2)))
-        assert both == [hashlib.sha256(content).hexdigest()] * 2
-        assert storage.get("large") == content
-
     def test_list_goes_on_past_one_page(self, storage: Storage) -> None:
         paths = put_many(storage, 2500)
         assert [found.path for found in storage.list("many/")] == paths
@@ -292,6 +287,14 @@ class RealS3Conformance(S3Conformance):
         assert aborted
         assert storage.get("large") == content
 
+    def test_two_uploads_of_one_file_at_once_both_end_well(self, storage: Storage, tmp_path: Path) -> None:
+        content = random.Random(0).randbytes(11 * MiB)
+        (tmp_path / "source").write_bytes(content)
+        with ThreadPoolExecutor(2) as pool:
+            both = list(pool.map(lambda _: storage.upload("large", tmp_path / "source"), range(2)))
+        assert both == [hashlib.sha256(content).hexdigest()] * 2
+        assert storage.get("large") == content
+
 
 _DYING_UPLOAD = """
 import os, pickle, signal, sys
@@ -312,6 +315,20 @@ def call_and_die(self, operation, **arguments):
 S3Connection.call = call_and_die
 storage.upload(path, source)
 """
+
+
+def check_conditional_upload(storage: Storage, tmp_path: Path, *, size: int) -> None:
+    """What a file is uploaded under a condition for: that it takes the place of nothing but what its writer has seen."""
+    (tmp_path / "mine").write_bytes(b"m" * size)
+    (tmp_path / "theirs").write_bytes(b"t" * size)
+    assert storage.upload("object", tmp_path / "theirs", create_only=True) == hashlib.sha256(b"t" * size).hexdigest()
+    before = storage.stat("object").etag
+    for condition in ({"create_only": True}, {"if_match": "0" * 32}):
+        with pytest.raises(ConflictError, match=f"{storage.uri}/object: "):
+            storage.upload("object", tmp_path / "mine", **condition)
+    assert storage.stat("object").etag == before
+    storage.upload("object", tmp_path / "mine", if_match=before)
+    assert storage.get("object", length=1) == b"m"
 
 
 def upload_and_die(storage: Storage, path: str, source: Path, *, after_parts: int) -> None:

@@ -14,7 +14,7 @@ from model_core.storage.errors import ConflictError, NotFoundError
 from model_core.storage.protocol import Stat, Unfinished, check_digest, check_path, check_prefix, check_range, check_sha256
 from model_core.storage.s3_connection import S3Connection, code, status
 from model_core.storage.s3_download import download_in_ranges
-from model_core.storage.s3_multipart import send_checked, upload_in_parts, uploads
+from model_core.storage.s3_multipart import NO_UPLOAD, send_checked, upload_in_parts, uploads
 from model_core.storage.settings import S3Settings
 from model_core.storage.version import Version
 
@@ -55,7 +55,7 @@ class S3Storage:
         from botocore.exceptions import ClientError
 
         key, name = self._key(path), self._name(path)
-        condition = {"IfNoneMatch": "*"} if create_only else {"IfMatch": f'"{if_match}"'} if if_match is not None else {}
+        condition = _condition(create_only=create_only, if_match=if_match)
         write_id = uuid.uuid4().hex
         with self._connection.errors(name):
             try:
@@ -63,7 +63,7 @@ class S3Storage:
                     0
                 ]
             except ClientError as error:
-                if not condition or status(error) not in (404, 409, 412) or code(error) == "NoSuchBucket":
+                if not condition or (status(error) not in (409, 412) and code(error) != "NoSuchKey"):
                     raise
                 # A write whose answer was lost is sent again and then meets its own object: that is a success.
                 if (mine := self._written_as(key, write_id)) is not None:
@@ -71,15 +71,26 @@ class S3Storage:
                 found = "exists already" if create_only else "was changed by another writer"
                 raise ConflictError(f"{name}: {found}") from error
 
-    def upload(self, path: str, source: Path) -> str:
+    def upload(self, path: str, source: Path, *, create_only: bool = False, if_match: str | None = None) -> str:
+        from botocore.exceptions import ClientError
+
+        condition = _condition(create_only=create_only, if_match=if_match)
         key, name = self._key(path), self._name(path)
         source.resolve(strict=True)  # a missing source is the caller's mistake, not the store's
         with self._connection.errors(name), source.open("rb") as file:
             version = Version.of(file)
             if version.size > self.settings.multipart_bytes:
-                return upload_in_parts(self._connection, key, file, name=name)
+                try:
+                    return upload_in_parts(self._connection, key, file, name=name, condition=condition)
+                except ClientError as error:
+                    if not condition or (status(error) not in (409, 412) and code(error) != "NoSuchKey"):
+                        raise
+                    raise ConflictError(f"{name}: was written by another writer") from error
             data = file.read()
             version.check(file, name)
+            if condition:
+                self.put(path, data, create_only=create_only, if_match=if_match)
+                return hashlib.sha256(data).hexdigest()
             send_checked(self._connection, "put_object", data, name=name, Key=key)
             return hashlib.sha256(data).hexdigest()
 
@@ -101,9 +112,18 @@ class S3Storage:
                 partial.unlink(missing_ok=True)
 
     def stat(self, path: str) -> Stat:
+        from botocore.exceptions import ClientError
+
         key = self._key(path)
         with self._connection.errors(self._name(path)):
-            answer = self._connection.call("head_object", Key=key)
+            try:
+                answer = self._connection.call("head_object", Key=key)
+            except ClientError as error:
+                if status(error) != 404:
+                    raise
+                # The answer to a HEAD cannot say what was not found: the object, the bucket, or the caller. A GET says it.
+                self.get(path, start=0, length=1)
+                return self.stat(path)  # it was written between the two
         return Stat(path, int(answer["ContentLength"]), str(answer["ETag"]).strip('"'), answer["LastModified"].timestamp())
 
     def list(self, prefix: str = "") -> Iterator[Stat]:
@@ -143,7 +163,7 @@ class S3Storage:
             try:
                 self._connection.call("abort_multipart_upload", Key=key, UploadId=unfinished.id)
             except ClientError as error:
-                if code(error) != "NoSuchUpload":
+                if code(error) not in NO_UPLOAD:
                     raise
 
     def local_path(self, path: str) -> Path | None:
@@ -167,3 +187,8 @@ class S3Storage:
                 return None
             raise
         return str(answer["ETag"]).strip('"') if answer.get("Metadata", {}).get(_WRITE_ID) == write_id else None
+
+
+def _condition(*, create_only: bool, if_match: str | None) -> dict[str, str]:
+    # Without quotes around the etag: Ceph compares it with them, and finds another one.
+    return {"IfNoneMatch": "*"} if create_only else {"IfMatch": if_match} if if_match is not None else {}
