@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +18,8 @@ import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from model_core.storage import S3Settings, Storage, open_storage
 
 ACCESS_KEY, SECRET_KEY = "testaccesskey", "testsecretkey"
 BUCKET = "darkroom"
@@ -93,11 +97,30 @@ def running(server: AnyServer) -> Iterator[AnyServer]:
         server.stop()
 
 
+def new_uri() -> str:
+    """A prefix in the servers' bucket that nothing is below yet."""
+    return f"s3://{BUCKET}/test-{uuid.uuid4().hex}"
+
+
+def open_at(uri: str, endpoint: str, **settings: Any) -> Storage:
+    """A store with time-outs that a test can wait for, and parts of 5 MiB."""
+    quick = {"connect_timeout_seconds": 1, "read_timeout_seconds": 3, "retry_seconds": 10, "multipart_bytes": 5 << 20}
+    return open_storage(uri, S3Settings(endpoint_url=endpoint, **(quick | settings)))
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fails when the body takes longer."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < seconds
+
+
 def require(program: str) -> str:
     """Where a program is; the test is skipped without it, and fails where it must be there (CI with REQUIRE_LAB=1)."""
     path = shutil.which(program)
     if path is None:
-        reason = f"NO {program.upper()}: nothing here was checked against this S3 server (Debian: radosgw ceph-mon ceph-osd ceph-base)"
+        reason = f"NO {program.upper()}: there is no such program, so nothing here was checked against its S3 server"
         if os.environ.get("CI") == "true" and os.environ.get("REQUIRE_LAB") == "1":
             pytest.fail(reason)
         pytest.skip(reason)

@@ -154,7 +154,9 @@ def _complete(connection: S3Connection, key: str, upload_id: str, parts: list[Pa
 
 
 def _begin(connection: S3Connection, key: str) -> str:
-    return str(connection.call("create_multipart_upload", Key=key)["UploadId"])
+    # botocore adds this checksum to each part in that mode, and a store wants to be told of it beforehand.
+    checksum: dict[str, Any] = {"ChecksumAlgorithm": "CRC32"} if connection.settings.checksum_mode == "when_supported" else {}
+    return str(connection.call("create_multipart_upload", Key=key, **checksum)["UploadId"])
 
 
 def _to_go_on_with(connection: S3Connection, key: str, *, size: int, length: int) -> tuple[str, dict[int, Part]] | None:

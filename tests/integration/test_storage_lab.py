@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from model_core.storage import S3Settings, Storage, StorageError, open_storage
-from tests.storage_conformance import RealS3Conformance, check_conditional_upload
+from tests.s3_conformance import RealS3Conformance
+from tests.storage_conformance import check_conditional_upload
 
 pytestmark = pytest.mark.lab
 
