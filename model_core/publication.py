@@ -23,7 +23,6 @@ from model_core.storage import ConflictError, NotFoundError, Storage
 ATTEMPT_PREFIX = ".attempt-"
 CHECKPOINTS = "checkpoints"
 LOCK = ".publish.lock"
-CONDITIONAL_BYTES = 16 << 20  # what is larger is sent in parts, from the disk
 
 
 def is_private(name: str) -> bool:
@@ -86,7 +85,7 @@ def _publish_remotely(
         confirm()
         if _exists(storage, f"{prefix}/{MANIFEST}"):
             return False
-        _send(storage, f"{prefix}/{entry.path}", folder / entry.path, size=entry.bytes)
+        _send(storage, f"{prefix}/{entry.path}", folder / entry.path)
     confirm()
     try:
         storage.put(f"{prefix}/{MANIFEST}", manifest, create_only=True)
@@ -95,16 +94,13 @@ def _publish_remotely(
     return True
 
 
-def _send(storage: Storage, path: str, source: Path, *, size: int) -> None:
+def _send(storage: Storage, path: str, source: Path) -> None:
     """Writes an object where none is, or in the place of the very one that is there now."""
-    if size > CONDITIONAL_BYTES:
-        storage.upload(path, source)
-        return
     try:
         etag = storage.stat(path).etag  # of an attempt that died before its manifest
     except NotFoundError:
         etag = None
-    storage.put(path, source.read_bytes(), create_only=etag is None, if_match=etag)
+    storage.upload(path, source, create_only=etag is None, if_match=etag)
 
 
 def _exists(storage: Storage, path: str) -> bool:

@@ -22,7 +22,7 @@ def remove_orphans(workspace: Workspace, orphans: Sequence[Orphan], *, say: Call
     guarded = sorted((orphan for orphan in orphans if orphan.step_folder is not None), key=_prefix)
     for _, group in groupby(guarded, key=_prefix):
         removed += _remove_guarded(workspace.storage, list(group), say)
-    return removed
+    return [orphan for orphan in orphans if orphan in removed]
 
 
 def _prefix(orphan: Orphan) -> str:

@@ -87,6 +87,18 @@ class S3Conformance(StorageConformance):
         [found] = open_storage(f"{storage.uri}/a", settings).unfinished()
         assert found.path == "large"
 
+    @pytest.mark.parametrize("mode", ["when_required", "when_supported"])
+    def test_both_checksum_modes_write_and_read(self, storage: Storage, tmp_path: Path, mode: str) -> None:
+        content = random.Random(0).randbytes(11 * MiB)
+        (tmp_path / "source").write_bytes(content)
+        settings = storage.settings.model_copy(update={"checksum_mode": mode})  # type: ignore[attr-defined]
+        other = open_storage(storage.uri, settings)
+        other.put("small", b"x")
+        sha256 = other.upload("large", tmp_path / "source")
+        assert other.get("small") == b"x"
+        assert other.get("large", sha256=sha256) == content
+        other.download("large", tmp_path / "target", sha256=sha256)
+
     def test_list_goes_on_past_one_page(self, storage: Storage) -> None:
         paths = put_many(storage, 2500)
         assert [found.path for found in storage.list("many/")] == paths

@@ -120,7 +120,7 @@ def require(program: str) -> str:
     """Where a program is; the test is skipped without it, and fails where it must be there (CI with REQUIRE_LAB=1)."""
     path = shutil.which(program)
     if path is None:
-        reason = f"NO {program.upper()}: nothing here was checked against this S3 server (Debian: radosgw ceph-mon ceph-osd ceph-base)"
+        reason = f"NO {program.upper()}: there is no such program, so nothing here was checked against its S3 server"
         if os.environ.get("CI") == "true" and os.environ.get("REQUIRE_LAB") == "1":
             pytest.fail(reason)
         pytest.skip(reason)

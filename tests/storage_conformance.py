@@ -92,6 +92,9 @@ class StorageConformance:
         assert (tmp_path / "new" / "target").read_bytes() == content
         assert [file.name for file in (tmp_path / "new").iterdir()] == ["target"]
 
+    def test_upload_under_a_condition_replaces_no_other_writers_object(self, storage: Storage, tmp_path: Path) -> None:
+        check_conditional_upload(storage, tmp_path, size=1000)
+
     def test_upload_of_a_missing_file_writes_nothing(self, storage: Storage, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             storage.upload("object", tmp_path / "missing")
@@ -168,3 +171,17 @@ def put_many(storage: Storage, count: int) -> list[str]:
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda path: storage.put(path, b"x"), paths))
     return paths
+
+
+def check_conditional_upload(storage: Storage, tmp_path: Path, *, size: int) -> None:
+    """What a file is uploaded under a condition for: that it takes the place of nothing but what its writer has seen."""
+    (tmp_path / "mine").write_bytes(b"m" * size)
+    (tmp_path / "theirs").write_bytes(b"t" * size)
+    assert storage.upload("object", tmp_path / "theirs", create_only=True) == hashlib.sha256(b"t" * size).hexdigest()
+    before = storage.stat("object").etag
+    for condition in ({"create_only": True}, {"if_match": "0" * 32}):
+        with pytest.raises(ConflictError, match=f"{storage.uri}/object: "):
+            storage.upload("object", tmp_path / "mine", **condition)
+    assert storage.stat("object").etag == before
+    storage.upload("object", tmp_path / "mine", if_match=before)
+    assert storage.get("object", length=1) == b"m"

@@ -45,12 +45,11 @@ class FileStorage:
         with self._errors(path), self._staged() as staged:
             _write_synced(staged, data)
             with self._lock():
-                if if_match is not None and (not target.is_file() or _etag(target) != if_match):
-                    raise ConflictError(f"{self.uri}/{path}: was changed by another writer")
+                self._check_unchanged(target, if_match)
                 self._publish(staged, target, create_only=create_only)
                 return _etag(target)
 
-    def upload(self, path: str, source: Path) -> str:
+    def upload(self, path: str, source: Path, *, create_only: bool = False, if_match: str | None = None) -> str:
         target = self._file(path)
         with source.open("rb") as file:  # a missing source is the caller's mistake, not the store's
             if source.resolve() == target.resolve():
@@ -60,7 +59,8 @@ class FileStorage:
                 sha256, _ = _copy(file, staged)
                 before.check(file, f"{self.uri}/{path}")
                 with self._lock():
-                    self._publish(staged, target, create_only=False)
+                    self._check_unchanged(target, if_match)
+                    self._publish(staged, target, create_only=create_only)
         return sha256.hexdigest()
 
     def download(self, path: str, target: Path, *, sha256: str | None = None) -> None:
@@ -136,6 +136,10 @@ class FileStorage:
         if check_path(path).split("/")[0] == STAGING:
             raise ValueError(f"{path!r} is no object path; {STAGING} is the store's own folder")
         return self.root / path
+
+    def _check_unchanged(self, target: Path, if_match: str | None) -> None:
+        if if_match is not None and (not target.is_file() or _etag(target) != if_match):
+            raise ConflictError(f"{self.uri}/{target.relative_to(self.root).as_posix()}: was changed by another writer")
 
     def _publish(self, staged: Path, target: Path, *, create_only: bool) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)

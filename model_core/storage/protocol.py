@@ -60,8 +60,8 @@ class Storage(Protocol):
         """Write an object and return its etag. Raises ConflictError when `create_only` finds one, or `if_match` another etag or none."""
         ...
 
-    def upload(self, path: str, source: Path) -> str:
-        """Write a local file as an object and return the sha256 (hex) of what was sent.
+    def upload(self, path: str, source: Path, *, create_only: bool = False, if_match: str | None = None) -> str:
+        """Write a local file as an object and return the sha256 (hex) of what was sent. The conditions are those of `put`.
 
         On S3 a large file goes in parts, and a call that follows an interrupted one sends only the parts that are not there.
         Raises StorageError when the file changes meanwhile, CorruptError when the store got other bytes than were sent.

@@ -55,8 +55,7 @@ class S3Storage:
         from botocore.exceptions import ClientError
 
         key, name = self._key(path), self._name(path)
-        # Without quotes around the etag: Ceph compares it with them, and finds another one.
-        condition = {"IfNoneMatch": "*"} if create_only else {"IfMatch": if_match} if if_match is not None else {}
+        condition = _condition(create_only=create_only, if_match=if_match)
         write_id = uuid.uuid4().hex
         with self._connection.errors(name):
             try:
@@ -72,15 +71,26 @@ class S3Storage:
                 found = "exists already" if create_only else "was changed by another writer"
                 raise ConflictError(f"{name}: {found}") from error
 
-    def upload(self, path: str, source: Path) -> str:
+    def upload(self, path: str, source: Path, *, create_only: bool = False, if_match: str | None = None) -> str:
+        from botocore.exceptions import ClientError
+
+        condition = _condition(create_only=create_only, if_match=if_match)
         key, name = self._key(path), self._name(path)
         source.resolve(strict=True)  # a missing source is the caller's mistake, not the store's
         with self._connection.errors(name), source.open("rb") as file:
             version = Version.of(file)
             if version.size > self.settings.multipart_bytes:
-                return upload_in_parts(self._connection, key, file, name=name)
+                try:
+                    return upload_in_parts(self._connection, key, file, name=name, condition=condition)
+                except ClientError as error:
+                    if not condition or (status(error) not in (409, 412) and code(error) != "NoSuchKey"):
+                        raise
+                    raise ConflictError(f"{name}: was written by another writer") from error
             data = file.read()
             version.check(file, name)
+            if condition:
+                self.put(path, data, create_only=create_only, if_match=if_match)
+                return hashlib.sha256(data).hexdigest()
             send_checked(self._connection, "put_object", data, name=name, Key=key)
             return hashlib.sha256(data).hexdigest()
 
@@ -177,3 +187,8 @@ class S3Storage:
                 return None
             raise
         return str(answer["ETag"]).strip('"') if answer.get("Metadata", {}).get(_WRITE_ID) == write_id else None
+
+
+def _condition(*, create_only: bool, if_match: str | None) -> dict[str, str]:
+    # Without quotes around the etag: Ceph compares it with them, and finds another one.
+    return {"IfNoneMatch": "*"} if create_only else {"IfMatch": if_match} if if_match is not None else {}

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -36,8 +36,8 @@ class Part:
         return {"PartNumber": self.number, "ETag": f'"{self.etag}"', **self.checksums}
 
 
-def upload_in_parts(connection: S3Connection, key: str, file: BinaryIO, *, name: str) -> str:
-    """Send a file from one reading of it, and return its sha256 (hex).
+def upload_in_parts(connection: S3Connection, key: str, file: BinaryIO, *, name: str, condition: Mapping[str, str]) -> str:
+    """Send a file from one reading of it, and return its sha256 (hex); the object appears under S3's `condition` on its key.
 
     Raises StorageError when the file changes meanwhile (nothing is written then), CorruptError when the object at the end is not
     the one that was sent, and botocore's errors.
@@ -48,13 +48,17 @@ def upload_in_parts(connection: S3Connection, key: str, file: BinaryIO, *, name:
     length = part_bytes(version.size, at_least=connection.settings.multipart_bytes)
     upload_id, there = _to_go_on_with(connection, key, size=version.size, length=length) or (_begin(connection, key), {})
     try:
-        return _send(connection, key, file, upload_id=upload_id, there=there, version=version, length=length, name=name)
+        return _send(
+            connection, key, file, upload_id=upload_id, there=there, version=version, length=length, name=name, condition=condition
+        )
     except ClientError as error:
         # Another process sent other parts into this upload, or ended it.
         if code(error) not in ("InvalidPart", "InvalidPartOrder") and not _ended(connection, key, upload_id, error):
             raise
     file.seek(0)
-    return _send(connection, key, file, upload_id=_begin(connection, key), there={}, version=version, length=length, name=name)
+    return _send(
+        connection, key, file, upload_id=_begin(connection, key), there={}, version=version, length=length, name=name, condition=condition
+    )
 
 
 def part_bytes(size: int, *, at_least: int) -> int:
@@ -97,6 +101,7 @@ def _send(
     version: Version,
     length: int,
     name: str,
+    condition: Mapping[str, str],
 ) -> str:
     sha256 = hashlib.sha256()
     parts: list[Part] = []
@@ -114,7 +119,7 @@ def _send(
         finally:
             for future in pending:
                 future.cancel()
-    _complete(connection, key, upload_id, parts, name=name)
+    _complete(connection, key, upload_id, parts, name=name, condition=condition)
     return sha256.hexdigest()
 
 
@@ -127,7 +132,7 @@ def _send_part(connection: S3Connection, key: str, upload_id: str, number: int, 
     return Part(number, len(data), etag, md5, checksums)
 
 
-def _complete(connection: S3Connection, key: str, upload_id: str, parts: list[Part], *, name: str) -> None:
+def _complete(connection: S3Connection, key: str, upload_id: str, parts: list[Part], *, name: str, condition: Mapping[str, str]) -> None:
     """Make the object of its parts, and see that it is the one that was sent."""
     from botocore.exceptions import ClientError
 
@@ -137,9 +142,8 @@ def _complete(connection: S3Connection, key: str, upload_id: str, parts: list[Pa
     if any(part.etag != part.md5 for part in parts):  # an encrypting store's etags are no md5
         expected = None
     try:
-        connection.call(
-            "complete_multipart_upload", Key=key, UploadId=upload_id, MultipartUpload={"Parts": [part.document() for part in parts]}
-        )
+        arguments: dict[str, Any] = {"MultipartUpload": {"Parts": [part.document() for part in parts]}, **condition}
+        connection.call("complete_multipart_upload", Key=key, UploadId=upload_id, **arguments)
     except ClientError:
         # The first request may have been carried out and its answer lost; asked again, the store no longer knows the upload.
         if expected is None or _found(connection, key) != (size, expected):
@@ -150,7 +154,9 @@ def _complete(connection: S3Connection, key: str, upload_id: str, parts: list[Pa
 
 
 def _begin(connection: S3Connection, key: str) -> str:
-    return str(connection.call("create_multipart_upload", Key=key)["UploadId"])
+    # botocore adds this checksum to each part in that mode, and a store wants to be told of it beforehand.
+    checksum: dict[str, Any] = {"ChecksumAlgorithm": "CRC32"} if connection.settings.checksum_mode == "when_supported" else {}
+    return str(connection.call("create_multipart_upload", Key=key, **checksum)["UploadId"])
 
 
 def _to_go_on_with(connection: S3Connection, key: str, *, size: int, length: int) -> tuple[str, dict[int, Part]] | None:

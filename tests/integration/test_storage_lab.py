@@ -12,6 +12,7 @@ import pytest
 
 from model_core.storage import S3Settings, Storage, StorageError, open_storage
 from tests.s3_conformance import RealS3Conformance
+from tests.storage_conformance import check_conditional_upload
 
 pytestmark = pytest.mark.lab
 
@@ -40,6 +41,10 @@ def test_large_upload_goes_in_parts(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(11 << 20))
     storage.upload("file", tmp_path / "file")
     assert storage.stat("file").etag.endswith("-3")
+
+
+def test_upload_in_parts_under_a_condition_replaces_no_other_writers_object(storage: Storage, tmp_path: Path) -> None:
+    check_conditional_upload(storage, tmp_path, size=11 << 20)
 
 
 def test_wrong_key_is_refused_and_named(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

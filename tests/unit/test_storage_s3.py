@@ -168,18 +168,6 @@ def test_bucket_is_in_the_path_and_checksums_go_where_they_are_wanted(proxy: Pro
     assert [b"x-amz-checksum-crc32" in head.lower() for head in seen] == [False, True]
 
 
-@pytest.mark.parametrize("mode", ["when_required", "when_supported"])
-def test_both_checksum_modes_write_and_read(storage: Storage, settings: S3Settings, tmp_path: Path, mode: str) -> None:
-    content = bytes(range(256)) * (11 << 12)
-    (tmp_path / "source").write_bytes(content)
-    other = open_storage(storage.uri, settings.model_copy(update={"checksum_mode": mode}))
-    other.put("small", b"x")
-    sha256 = other.upload("large", tmp_path / "source")
-    assert other.get("small") == b"x"
-    assert other.get("large", sha256=sha256) == content
-    other.download("large", tmp_path / "target", sha256=sha256)
-
-
 def test_parts_grow_so_that_ten_thousand_are_enough() -> None:
     assert part_bytes(10_000 * 16 * MiB, at_least=16 * MiB) == 16 * MiB
     assert part_bytes(10_000 * 16 * MiB + 1, at_least=16 * MiB) == 17 * MiB
