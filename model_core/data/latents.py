@@ -61,7 +61,7 @@ def parse_bucket(name: str) -> Bucket:
 class Made:
     """Digests of the models that a shard was made with: latents and token counts mean nothing to others."""
 
-    vae: str
+    vae: str | None
     encoder: str
 
 
@@ -138,17 +138,13 @@ def latent_schema(bucket: Bucket, channels: int, made: Made) -> pa.Schema:
     fields += [("references", pa.binary(latent * bucket.num_references))] if bucket.num_references else []
     fields += [(name, pa.string()) for name in PROMPTS]
     fields += [(f"{name}_tokens", pa.int16()) for name in PROMPTS]
-    metadata = {"format": FORMAT, "bucket": str(bucket), "channels": str(channels), "vae": made.vae, "encoder": made.encoder}
+    metadata = {"format": FORMAT, "bucket": str(bucket), "channels": str(channels), "vae": made.vae or "", "encoder": made.encoder}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=metadata)
 
 
-def latent_group(table: pa.Table, where: str, *, encoder: str | None = None) -> LatentGroup:
-    """A row group of a latent shard; raises UserError, naming `where`, for another format or another encoder's shard."""
-    metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{where}: found shard format {metadata.get('format')!r}; allowed is {FORMAT!r}")
-    if encoder is not None and metadata["encoder"] != encoder:
-        raise UserError(f"{where}: made with condition encoder {metadata['encoder'][:12]}; allowed here is {encoder[:12]}")
+def latent_group(table: pa.Table, where: str) -> LatentGroup:
+    """A row group of a latent shard; raises UserError, naming `where`, for another format."""
+    metadata = _metadata(table.schema.metadata, where)
     bucket, channels = parse_bucket(metadata["bucket"]), int(metadata["channels"])
     shape = (channels, bucket.height, bucket.width)
     references = np.zeros((len(table), 0, *shape), dtype=np.uint16)
@@ -162,20 +158,31 @@ def latent_group(table: pa.Table, where: str, *, encoder: str | None = None) -> 
     )
 
 
-def open_latents(folder: Folder, *, encoder: str) -> tuple[Index, Made, int]:
+def open_latents(folder: Folder, *, made: Made) -> tuple[Index, Made, int]:
     """The index of a data set of latents, what they were made with, and their channels.
 
-    Raises UserError when there is nothing in it, or it was made with another condition encoder than `encoder`.
+    Raises UserError when there is nothing in it, or a shard was made with another condition encoder or VAE than `made` says
+    (a VAE of None is any, but one for all shards).
     """
     index = read_index(folder)
+    root = folder.path("index.json").parent
     if not len(index):
-        raise UserError(f"{folder.path('index.json')}: found no latents; allowed is at least one row to train on")
-    where = folder.path("index.json").parent / index.paths[0]
-    metadata = pq.read_metadata(pa.BufferReader(index.footer(index.paths[0]))).metadata or {}
-    made = Made(metadata[b"vae"].decode(), metadata[b"encoder"].decode())
-    if made.encoder != encoder:
-        raise UserError(f"{where}: made with condition encoder {made.encoder[:12]}; allowed here is {encoder[:12]}")
-    return index, made, int(metadata[b"channels"])
+        raise UserError(f"{root / 'index.json'}: found no latents; allowed is at least one row to train on")
+    channels, vae = 0, made.vae
+    for path in index.paths:
+        metadata = _metadata(pq.read_metadata(pa.BufferReader(index.footer(path))).metadata, str(root / path))
+        channels, vae = int(metadata["channels"]), vae or metadata["vae"]
+        for what, found, allowed in (("condition encoder", metadata["encoder"], made.encoder), ("VAE", metadata["vae"], vae)):
+            if found != allowed:
+                raise UserError(f"{root / path}: made with {what} {found[:12]}; allowed here is {str(allowed)[:12]}")
+    return index, Made(vae, made.encoder), channels
+
+
+def _metadata(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, str]:
+    decoded = {name.decode(): value.decode() for name, value in (metadata or {}).items() if name != b"ARROW:schema"}
+    if decoded.get("format") != FORMAT:
+        raise UserError(f"{where}: found shard format {decoded.get('format')!r}; allowed is {FORMAT!r}")
+    return decoded
 
 
 def latent_rows(index: Index, *, kinds: Sequence[str], split: str = TRAIN) -> dict[str, Rows]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model_core.context import StepContext
 from model_core.data.index import Index
-from model_core.data.latents import HELD_OUT, LatentGroup, latent_group, latent_rows, open_latents
+from model_core.data.latents import HELD_OUT, LatentGroup, Made, latent_group, latent_rows, open_latents
 from model_core.data.loader import Budget, Draws, Loader, MicroBatch
 from model_core.data.plan import Plan, make_plan
 from model_core.data.row_groups import RowGroups
@@ -42,7 +42,7 @@ def run(context: StepContext) -> dict[str, Any]:
     recipe, stage, ranks = context.recipe.mmdit, context.recipe.mmdit.stages[context.stage], context.ranks
     torch.use_deterministic_algorithms(True)
     encoder = load_encoder(context.inputs["encoder"].folder("encoder"))
-    index, made, channels = open_latents(context.inputs["latents"], encoder=context.inputs["encoder"].manifest.content_digest)
+    index, made, channels = open_latents(context.inputs["latents"], made=expected_origin(context))
     groups = open_groups(context, index)
     plan = stage_plan(context, index)
     draws = Draws(
@@ -87,10 +87,10 @@ def run(context: StepContext) -> dict[str, Any]:
                 point = curves.close(done)
                 waited = loader.waited.seconds / (time.monotonic() - began)
                 context.log({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"], "data/wait_share": waited}, step=done)
-            if done % recipe.checkpoint_every_steps == 0 and done < stage.steps:
+            stopped = done < stage.steps and stop.agreed(ranks)
+            if stopped or (done % recipe.checkpoint_every_steps == 0 and done < stage.steps):
                 save(done)
-            if done < stage.steps and stop.agreed(ranks):
-                save(done)
+            if stopped:
                 context.checkpoints.wait()
                 raise Stopped(f"told to stop after step {done}, which is saved; the same command goes on from there")
             context.show(done, stage.steps, f"loss {curves.last:.4f}" if curves.points else "")
@@ -112,6 +112,13 @@ def run(context: StepContext) -> dict[str, Any]:
         "data_wait_share": round(loader.waited.seconds / max(seconds, 1e-9), 5),
         "samples_per_second": round((stage.steps - first) * stage.batch_size / max(seconds, 1e-9), 1),
     }
+
+
+def expected_origin(context: StepContext) -> Made:
+    """What the latents must have been made with: the condition encoder at hand and, after the first stage, that stage's VAE."""
+    previous = context.inputs.get("previous")
+    vae = None if previous is None else previous.manifest.stats.get("vae")
+    return Made(vae=vae, encoder=context.inputs["encoder"].manifest.content_digest)
 
 
 def missing_warnings(ledger: Ledger, index: Index) -> list[str]:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from model_core.data.index import FORMAT, append_version, read_index, sum_ids, write_index
-from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, floats, latent_group, latent_rows, open_latents
+from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, Made, floats, latent_group, latent_rows, open_latents
 from model_core.data.shard_writer import ShardWriter
 from model_core.recipe import UserError
 from model_core.storage import open_storage
@@ -127,11 +127,20 @@ def test_rows_lie_in_the_buckets_of_their_split_kind_and_shape(tmp_path):
     assert latent_rows(index, kinds=("image",), split=HELD_OUT)["image"].total == 2
 
 
-def test_latents_of_another_encoder_are_refused_and_what_made_them_is_told(tmp_path):
+def test_latents_of_another_encoder_or_vae_are_refused_and_what_made_them_is_told(tmp_path):
     write_latents(tmp_path, {"image": 2})
-    assert open_latents(LatentFolder(tmp_path), encoder=MADE.encoder)[1:] == (MADE, CHANNELS)
+    assert open_latents(LatentFolder(tmp_path), made=Made(None, MADE.encoder))[1:] == (MADE, CHANNELS)
     with pytest.raises(UserError, match="made with condition encoder bbbbbbbbbbbb; allowed here is cccccccccccc"):
-        open_latents(LatentFolder(tmp_path), encoder="c" * 64)
+        open_latents(LatentFolder(tmp_path), made=Made(None, "c" * 64))
+    with pytest.raises(UserError, match="made with VAE aaaaaaaaaaaa; allowed here is cccccccccccc"):
+        open_latents(LatentFolder(tmp_path), made=Made("c" * 64, MADE.encoder))
+
+
+def test_shards_of_two_vaes_are_no_data_set(tmp_path):
+    first, second = (write_latents(tmp_path, {kind: 2}, made=Made(vae * 64, MADE.encoder)) for kind, vae in (("image", "a"), ("edit", "c")))
+    write_index(tmp_path, [index[number] for index in (first, second) for number in range(len(index))])
+    with pytest.raises(UserError, match=r"train/edit/.*made with VAE cccccccccccc; allowed here is aaaaaaaaaaaa"):
+        open_latents(LatentFolder(tmp_path), made=Made(None, MADE.encoder))
 
 
 def test_duckdb_and_pyarrow_show_the_documented_columns(tmp_path):
