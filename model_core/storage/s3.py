@@ -14,7 +14,7 @@ from model_core.storage.errors import ConflictError, NotFoundError
 from model_core.storage.protocol import Stat, Unfinished, check_digest, check_path, check_prefix, check_range, check_sha256
 from model_core.storage.s3_connection import S3Connection, code, status
 from model_core.storage.s3_download import download_in_ranges
-from model_core.storage.s3_multipart import send_checked, upload_in_parts, uploads
+from model_core.storage.s3_multipart import NO_UPLOAD, send_checked, upload_in_parts, uploads
 from model_core.storage.settings import S3Settings
 from model_core.storage.version import Version
 
@@ -55,7 +55,8 @@ class S3Storage:
         from botocore.exceptions import ClientError
 
         key, name = self._key(path), self._name(path)
-        condition = {"IfNoneMatch": "*"} if create_only else {"IfMatch": f'"{if_match}"'} if if_match is not None else {}
+        # Without quotes around the etag: Ceph compares it with them, and finds another one.
+        condition = {"IfNoneMatch": "*"} if create_only else {"IfMatch": if_match} if if_match is not None else {}
         write_id = uuid.uuid4().hex
         with self._connection.errors(name):
             try:
@@ -63,7 +64,7 @@ class S3Storage:
                     0
                 ]
             except ClientError as error:
-                if not condition or status(error) not in (404, 409, 412) or code(error) == "NoSuchBucket":
+                if not condition or (status(error) not in (409, 412) and code(error) != "NoSuchKey"):
                     raise
                 # A write whose answer was lost is sent again and then meets its own object: that is a success.
                 if (mine := self._written_as(key, write_id)) is not None:
@@ -101,9 +102,18 @@ class S3Storage:
                 partial.unlink(missing_ok=True)
 
     def stat(self, path: str) -> Stat:
+        from botocore.exceptions import ClientError
+
         key = self._key(path)
         with self._connection.errors(self._name(path)):
-            answer = self._connection.call("head_object", Key=key)
+            try:
+                answer = self._connection.call("head_object", Key=key)
+            except ClientError as error:
+                if status(error) != 404:
+                    raise
+                # The answer to a HEAD cannot say what was not found: the object, the bucket, or the caller. A GET says it.
+                self.get(path, start=0, length=1)
+                return self.stat(path)  # it was written between the two
         return Stat(path, int(answer["ContentLength"]), str(answer["ETag"]).strip('"'))
 
     def list(self, prefix: str = "") -> Iterator[Stat]:
@@ -142,7 +152,7 @@ class S3Storage:
             try:
                 self._connection.call("abort_multipart_upload", Key=key, UploadId=unfinished.id)
             except ClientError as error:
-                if code(error) != "NoSuchUpload":
+                if code(error) not in NO_UPLOAD:
                     raise
 
     def local_path(self, path: str) -> Path | None:

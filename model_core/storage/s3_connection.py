@@ -19,8 +19,8 @@ Result = TypeVar("Result")
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 5.0
 _CONNECTIONS = 16
 _PASSING_STATUS = (429, 500, 502, 503, 504)
-# BadDigest: the bytes were damaged on their way, and the store noticed.
-_PASSING_CODES = ("BadDigest", "IncompleteBody", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling")
+_PASSING_CODES = ("IncompleteBody", "InternalError", "RequestTimeout", "ServiceUnavailable", "SlowDown", "Throttling")
+_DAMAGED_CODES = ("BadDigest", "XAmzContentSHA256Mismatch")  # bytes that changed on their way, and the store noticed
 _DENIED_CODES = (
     "ExpiredToken",
     "ExpiredTokenException",
@@ -28,6 +28,7 @@ _DENIED_CODES = (
     "InvalidToken",
     "SignatureDoesNotMatch",
     "TokenRefreshRequired",
+    "XAdminUserNotFound",  # versitygw's name for an unknown access key
 )
 
 
@@ -73,12 +74,12 @@ class S3Connection:
                 raise StorageError(f"{name}: the bucket {self.bucket} does not exist") from error
             if code(error) == "NoSuchUpload":
                 raise StorageError(f"{name}: its upload was ended by another process") from error
-            if status(error) == 404:
-                raise NotFoundError(f"{name}: not found") from error
             if status(error) in (401, 403) or code(error) in _DENIED_CODES:
                 raise StorageError(
                     f"{name}: access denied ({code(error)}); credentials come from the AWS chain: key variables, a profile or a pod role"
                 ) from error
+            if code(error) == "NoSuchKey":  # a 404 can be about a bucket, an upload or, from versitygw, an unknown access key
+                raise NotFoundError(f"{name}: not found") from error
             raise StorageError(f"{name}: {error}") from error
         except NoCredentialsError as error:
             raise StorageError(f"{name}: no AWS credentials found; allowed are key variables, a profile or a pod role") from error
@@ -133,7 +134,7 @@ def _passes(error: Exception) -> bool:
     from botocore.parsers import ResponseParserError  # an answer that was cut short
 
     if isinstance(error, ClientError):
-        return status(error) in _PASSING_STATUS or code(error) in _PASSING_CODES
+        return status(error) in _PASSING_STATUS or code(error) in (*_PASSING_CODES, *_DAMAGED_CODES)
     return isinstance(error, ConnectionError | HTTPClientError | IncompleteReadError | ResponseParserError)
 
 

@@ -11,15 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from model_core.storage.errors import ConflictError, CorruptError
+from model_core.storage.errors import CorruptError
 from model_core.storage.s3_connection import S3Connection, code, status
 from model_core.storage.settings import MiB
 from model_core.storage.version import Version
 
 PARTS_AT_ONCE = 4
 _MOST_PARTS = 10_000  # S3's limit for one object
-# Another process completed or aborted the upload, or sent a part of another file into it.
-_TAKEN_AWAY = ("NoSuchUpload", "InvalidPart", "InvalidPartOrder")
+NO_UPLOAD = ("NoSuchUpload", "NoSuchKey")  # S3 says the one, Ceph the other
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,22 @@ class Part:
 def upload_in_parts(connection: S3Connection, key: str, file: BinaryIO, *, name: str) -> str:
     """Send a file from one reading of it, and return its sha256 (hex).
 
-    Raises StorageError when the file changes meanwhile (nothing is written then), CorruptError when the store has other bytes
-    than were sent, ConflictError when another writer's object stands there at the end, and botocore's errors.
+    Raises StorageError when the file changes meanwhile (nothing is written then), CorruptError when the object at the end is not
+    the one that was sent, and botocore's errors.
     """
     from botocore.exceptions import ClientError
 
     version = Version.of(file)
     length = part_bytes(version.size, at_least=connection.settings.multipart_bytes)
-    found = _to_go_on_with(connection, key, size=version.size, length=length)
+    upload_id, there = _to_go_on_with(connection, key, size=version.size, length=length) or (_begin(connection, key), {})
     try:
-        return _send(connection, key, file, version=version, length=length, found=found, name=name)
+        return _send(connection, key, file, upload_id=upload_id, there=there, version=version, length=length, name=name)
     except ClientError as error:
-        if code(error) not in _TAKEN_AWAY:
+        # Another process sent other parts into this upload, or ended it.
+        if code(error) not in ("InvalidPart", "InvalidPartOrder") and not _ended(connection, key, upload_id, error):
             raise
     file.seek(0)
-    return _send(connection, key, file, version=version, length=length, found=None, name=name)
+    return _send(connection, key, file, upload_id=_begin(connection, key), there={}, version=version, length=length, name=name)
 
 
 def part_bytes(size: int, *, at_least: int) -> int:
@@ -92,12 +92,12 @@ def _send(
     key: str,
     file: BinaryIO,
     *,
+    upload_id: str,
+    there: dict[int, Part],
     version: Version,
     length: int,
-    found: tuple[str, dict[int, Part]] | None,
     name: str,
 ) -> str:
-    upload_id, there = found or (_begin(connection, key), {})
     sha256 = hashlib.sha256()
     parts: list[Part] = []
     pending: deque[Future[Part]] = deque()
@@ -131,31 +131,28 @@ def _complete(connection: S3Connection, key: str, upload_id: str, parts: list[Pa
     """Make the object of its parts, and see that it is the one that was sent."""
     from botocore.exceptions import ClientError
 
+    size = sum(part.size for part in parts)
     joined = b"".join(bytes.fromhex(part.md5) for part in parts)
-    expected = f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(parts)}"
-    plain = all(part.etag == part.md5 for part in parts)  # an encrypting store's etags are no md5
+    expected: str | None = f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(parts)}"
+    if any(part.etag != part.md5 for part in parts):  # an encrypting store's etags are no md5
+        expected = None
     try:
-        answer = connection.call(
+        connection.call(
             "complete_multipart_upload", Key=key, UploadId=upload_id, MultipartUpload={"Parts": [part.document() for part in parts]}
         )
-        etag = str(answer["ETag"]).strip('"')
-    except ClientError as error:
-        # Ours may have been carried out and only its answer lost.
-        if code(error) != "NoSuchUpload" or not plain or _etag(connection, key) != expected:
+    except ClientError:
+        # The first request may have been carried out and its answer lost; asked again, the store no longer knows the upload.
+        if expected is None or _found(connection, key) != (size, expected):
             raise
-        etag = expected
-    if plain and re.fullmatch(r"[0-9a-f]{32}-\d+", etag) and etag != expected:
-        raise CorruptError(f"{name}: the store joined its parts to etag {etag[:12]}, expected {expected[:12]}")
-    head = connection.call("head_object", Key=key)
-    if str(head["ETag"]).strip('"') != etag:
-        raise ConflictError(f"{name}: was written by another writer meanwhile")
-    size = sum(part.size for part in parts)
-    if head["ContentLength"] != size:
-        raise CorruptError(f"{name}: sent {size} bytes, the store has {head['ContentLength']}")
+    found = _found(connection, key)
+    if found is None or found[0] != size or (expected is not None and found[1] != expected):
+        raise CorruptError(f"{name}: sent {size} bytes as etag {expected}, the store has {found or 'nothing'}")
 
 
 def _begin(connection: S3Connection, key: str) -> str:
-    return str(connection.call("create_multipart_upload", Key=key)["UploadId"])
+    # botocore adds this checksum to each part in that mode, and a store wants to be told of it beforehand.
+    checksum: dict[str, Any] = {"ChecksumAlgorithm": "CRC32"} if connection.settings.checksum_mode == "when_supported" else {}
+    return str(connection.call("create_multipart_upload", Key=key, **checksum)["UploadId"])
 
 
 def _to_go_on_with(connection: S3Connection, key: str, *, size: int, length: int) -> tuple[str, dict[int, Part]] | None:
@@ -174,7 +171,7 @@ def _to_go_on_with(connection: S3Connection, key: str, *, size: int, length: int
         try:
             parts = _parts(connection, key, upload["UploadId"])
         except ClientError as error:
-            if code(error) != "NoSuchUpload":  # ended since it was listed
+            if code(error) not in NO_UPLOAD:  # ended since it was listed
                 raise
             continue
         if all(sizes.get(part.number) == part.size for part in parts.values()) and (best is None or len(parts) > len(best[1])):
@@ -195,15 +192,30 @@ def _parts(connection: S3Connection, key: str, upload_id: str) -> dict[int, Part
         marker = {"PartNumberMarker": int(page["NextPartNumberMarker"])}
 
 
-def _etag(connection: S3Connection, key: str) -> str | None:
+def _ended(connection: S3Connection, key: str, upload_id: str, error: Exception) -> bool:
+    """Whether a request failed because its upload was completed or aborted. Ceph answers that with a 500."""
+    from botocore.exceptions import ClientError
+
+    if status(error) != 404 and status(error) < 500:
+        return False
+    try:
+        connection.call("list_parts", Key=key, UploadId=upload_id)
+    except ClientError as missing:
+        return code(missing) in NO_UPLOAD
+    return False
+
+
+def _found(connection: S3Connection, key: str) -> tuple[int, str] | None:
+    """Size and etag of the object that is there."""
     from botocore.exceptions import ClientError
 
     try:
-        return str(connection.call("head_object", Key=key)["ETag"]).strip('"')
+        answer = connection.call("head_object", Key=key)
     except ClientError as error:
         if status(error) == 404:
             return None
         raise
+    return int(answer["ContentLength"]), str(answer["ETag"]).strip('"')
 
 
 def _checksums(answer: dict[str, Any]) -> dict[str, str]:

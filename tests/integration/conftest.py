@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.rgw import Rgw
+from tests.s3_servers import Versitygw, running
 
 DARKROOM = str(Path(sys.executable).parent / "darkroom")
 
@@ -34,6 +38,18 @@ class Darkroom:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """A call that goes on by itself."""
         return subprocess.Popen([DARKROOM, *arguments], cwd=self.here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="session")
+def versitygw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versitygw]:
+    server = Versitygw(tmp_path_factory.mktemp("versitygw"))
+    yield from running(server)
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rgw]:
+    server = Rgw(tmp_path_factory.mktemp("rgw"))
+    yield from running(server)
 
 
 @pytest.fixture(scope="session")

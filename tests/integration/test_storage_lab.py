@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from model_core.storage import S3Settings, Storage, StorageError, open_storage
-from tests.storage_conformance import RealS3Conformance
+from tests.s3_conformance import RealS3Conformance
 
 pytestmark = pytest.mark.lab
 
@@ -25,8 +26,8 @@ def storage() -> Iterator[Storage]:
         pytest.skip(reason)
     storage = open_storage(f"s3://{bucket}/test-{uuid.uuid4().hex}", S3Settings(endpoint_url=endpoint, multipart_bytes=5 << 20))
     yield storage
-    for found in list(storage.list()):
-        storage.delete(found.path)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(storage.delete, [found.path for found in storage.list()]))
     for left in storage.unfinished():
         storage.abort(left)
 

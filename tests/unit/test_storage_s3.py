@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 
-from model_core.storage import ConflictError, NotFoundError, S3Settings, Storage, StorageError, open_storage
-from tests.storage_conformance import S3Conformance
+from model_core.storage import ConflictError, CorruptError, NotFoundError, S3Settings, Storage, StorageError, open_storage
+from model_core.storage.s3_connection import S3Connection
+from model_core.storage.s3_multipart import part_bytes
+from model_core.storage.settings import MiB
+from tests.faults import Exchange, Proxy, answer, cut_answer, flip_sent_byte, lose_answer
+from tests.s3_conformance import S3Conformance
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,12 @@ def test_large_upload_goes_in_parts(storage: Storage, tmp_path: Path) -> None:
 
 def test_missing_bucket_is_not_taken_for_a_missing_object(settings: S3Settings) -> None:
     storage = open_storage("s3://no-such-bucket/x", settings)
-    for call in (lambda: storage.get("a"), lambda: storage.put("a", b"", create_only=True), lambda: list(storage.list())):
+    for call in (
+        lambda: storage.get("a"),
+        lambda: storage.stat("a"),
+        lambda: storage.put("a", b"", create_only=True),
+        lambda: list(storage.list()),
+    ):
         with pytest.raises(StorageError, match="no-such-bucket does not exist") as error:
             call()
         assert not isinstance(error.value, NotFoundError | ConflictError)
@@ -89,85 +98,79 @@ def test_no_credentials_says_where_they_come_from(settings: S3Settings, monkeypa
         open_storage("s3://bucket/x", settings).get("a")
 
 
-class BreakingProxy:
-    """Forwards to `upstream`; the first answer to a request that starts with `breaks` is cut short or swallowed."""
-
-    def __init__(self, upstream: str, *, breaks: bytes, keep_bytes: int) -> None:
-        host, _, port = upstream.removeprefix("http://").partition(":")
-        self.upstream, self.breaks, self.keep_bytes = (host, int(port)), breaks, keep_bytes
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.broken = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self.upstream) as server:
-            client.settimeout(5)
-            request = client.recv(1 << 20)
-            while b"\r\n\r\n" not in request:
-                request += client.recv(1 << 20)
-            head, _, body = request.partition(b"\r\n\r\n")
-            length = next((int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")), 0)
-            if b"100-continue" in head.lower():
-                client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            while len(body) < length:
-                body += client.recv(1 << 20)
-            lines = [line for line in head.split(b"\r\n") if not line.lower().startswith((b"expect", b"connection"))]
-            server.sendall(b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body)
-            answer = b"".join(iter(lambda: server.recv(1 << 20), b""))
-            if head.startswith(self.breaks) and not self.broken:
-                self.broken += 1
-                answer = answer[: self.keep_bytes and answer.index(b"\r\n\r\n") + 4 + self.keep_bytes]
-            client.sendall(answer)
-
-
 @pytest.fixture
-def breaking(endpoint: str) -> Iterator[Callable[..., BreakingProxy]]:
-    proxies: list[BreakingProxy] = []
-
-    def make(**arguments: Any) -> BreakingProxy:
-        proxies.append(BreakingProxy(endpoint, **arguments))
-        return proxies[-1]
-
-    yield make
-    for proxy in proxies:
-        proxy.listener.close()
+def proxy(endpoint: str) -> Iterator[Proxy]:
+    proxy = Proxy(endpoint)
+    yield proxy
+    proxy.close()
 
 
-def test_body_that_breaks_off_is_read_again(storage: Storage, breaking: Callable[..., BreakingProxy], tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", ["get", "download"])
+def test_body_that_breaks_off_is_read_again(storage: Storage, proxy: Proxy, tmp_path: Path, read: str) -> None:
     content = bytes(range(256)) * 1000
     storage.put("object", content)
-    for read in ("get", "download"):
-        proxy = breaking(breaks=b"GET", keep_bytes=1000)
-        through = open_storage(storage.uri, S3Settings(endpoint_url=proxy.url))
-        if read == "get":
-            assert through.get("object") == content
-        else:
-            through.download("object", tmp_path / "file")
-            assert (tmp_path / "file").read_bytes() == content
-        assert proxy.broken == 1
+    plan = proxy.plan(cut_answer, start=b"GET")
+    through = open_storage(storage.uri, S3Settings(endpoint_url=proxy.url))
+    if read == "get":
+        assert through.get("object") == content
+    else:
+        through.download("object", tmp_path / "file")
+        assert (tmp_path / "file").read_bytes() == content
+    assert plan.met == 1
 
 
 @pytest.mark.parametrize("conditional", ["create_only", "if_match"])
-def test_conditional_put_whose_answer_was_lost_is_still_ours(
-    storage: Storage, breaking: Callable[..., BreakingProxy], conditional: str
-) -> None:
+def test_conditional_put_whose_answer_was_lost_is_still_ours(storage: Storage, proxy: Proxy, conditional: str) -> None:
     before = storage.put("claim", b"before") if conditional == "if_match" else None
-    proxy = breaking(breaks=b"PUT", keep_bytes=0)
-    etag = open_storage(storage.uri, S3Settings(endpoint_url=proxy.url)).put(
-        "claim", b"mine", create_only=conditional == "create_only", if_match=before
-    )
-    assert proxy.broken == 1
+    plan = proxy.plan(lose_answer, start=b"PUT")
+    through = open_storage(storage.uri, S3Settings(endpoint_url=proxy.url))
+    etag = through.put("claim", b"mine", create_only=conditional == "create_only", if_match=before)
+    assert plan.met == 1
     assert storage.get("claim") == b"mine"
     assert storage.stat("claim").etag == etag
+
+
+def test_download_is_never_a_mix_of_two_objects(storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.put("object", bytes(11 << 20))
+    read = S3Connection.read
+
+    def read_and_replace(self: S3Connection, key: str, **arguments: Any) -> tuple[bytes, Any]:
+        answer = read(self, key, **arguments)
+        if "IfMatch" not in arguments:
+            storage.put("object", b"!" * (11 << 20))
+        return answer
+
+    monkeypatch.setattr(S3Connection, "read", read_and_replace)
+    with pytest.raises(ConflictError, match="object: was replaced by another writer while it was read"):
+        storage.download("object", tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_store_that_took_other_bytes_is_found_out(storage: Storage, proxy: Proxy) -> None:
+    proxy.plan(flip_sent_byte, start=b"PUT")  # moto compares no md5, so it takes them
+    through = open_storage(storage.uri, S3Settings(endpoint_url=proxy.url))
+    with pytest.raises(CorruptError, match=f"{storage.uri}/object: sent 4096 bytes with md5 .*, the store got md5 "):
+        through.put("object", bytes(4096))
+
+
+def test_bucket_is_in_the_path_and_checksums_go_where_they_are_wanted(proxy: Proxy) -> None:
+    seen: list[bytes] = []
+
+    def note(exchange: Exchange) -> None:
+        seen.append(exchange.head)
+        answer(503)(exchange)
+
+    proxy.plan(note, start=b"PUT", times=math.inf)
+    for mode in ("when_required", "when_supported"):
+        with pytest.raises(StorageError):
+            open_storage("s3://bucket/x", S3Settings(endpoint_url=proxy.url, checksum_mode=mode, retry_seconds=0)).put("a", b"data")
+    assert [head.split(b" ")[1] for head in seen] == [b"/bucket/x/a"] * 2
+    assert [b"x-amz-checksum-crc32" in head.lower() for head in seen] == [False, True]
+
+
+def test_parts_grow_so_that_ten_thousand_are_enough() -> None:
+    assert part_bytes(10_000 * 16 * MiB, at_least=16 * MiB) == 16 * MiB
+    assert part_bytes(10_000 * 16 * MiB + 1, at_least=16 * MiB) == 17 * MiB
 
 
 @pytest.mark.parametrize("document", [{"endpoint": "http://x"}, {"endpoint_url": "ftp://x"}, {"multipart_bytes": 1}, {"retry_seconds": -1}])
