@@ -66,12 +66,7 @@ class Step:
     def kill(self, ranks: int, draw: random.Random) -> bool:
         """Starts, and ends by SIGKILL a random moment after training has begun; false when it was done before that."""
         process = self.start(ranks)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if RUNNING.search(line):
-                break
-        else:
-            raise AssertionError("the step ended before it trained")
+        wait_for_training(process)
         time.sleep(draw.uniform(0.0, 0.5))
         claims = list((self.here / "workspace" / self.step).glob("*/claim.json"))
         # Either the whole step dies, as with its machine, or the first rank alone, as for want of memory.
@@ -82,6 +77,15 @@ class Step:
         output, _ = process.communicate(timeout=60)
         assert process.returncode in (0, 20, -signal.SIGKILL), output.decode()
         return alive and process.returncode != 0
+
+
+def wait_for_training(process: subprocess.Popen[bytes]) -> None:
+    """Reads the step's lines until one tells of optimizer steps."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if RUNNING.search(line):
+            return
+    raise AssertionError("the step ended before it trained")
 
 
 def inputs_of(step: str, workspace: Path, told: dict[str, Any]) -> dict[str, Path]:
@@ -122,3 +126,23 @@ def test_kills_change_nothing(darkroom: Darkroom, first: dict[str, Any], tmp_pat
         files = [{path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")} for folder in (quiet, result)]
         assert files[0] == files[1]
         assert files[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_between_two_steps_and_the_next_attempt_goes_on_from_there(
+    darkroom: Darkroom, first: dict[str, Any], tmp_path: Path, ranks: int
+) -> None:
+    step = Step(tmp_path / "stopped", "train_mmdit", inputs_of("train_mmdit", darkroom.workspace, first))
+    process = step.start(ranks)
+    wait_for_training(process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 20, output.decode()
+    told = re.search(rb"told to stop after step (\d+), which is saved", output)
+    assert told, output.decode()
+    saved = next((step.here / "workspace/train_mmdit").glob(f"*/checkpoints/step-{int(told[1]):08d}/COMMIT.json"))
+    assert json.loads(saved.read_bytes())["world_size"] == ranks
+    process = step.start(1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output.decode()
+    assert b"resumed after step " + told[1] in output
