@@ -51,7 +51,8 @@ golden: $(READY) ## writes the golden files anew; review the diff
 	DARKROOM_REFRESH_GOLDEN=1 $(PYTHON) -m pytest tests/unit/test_compile.py -q
 
 bench: $(READY) ## measurements of this machine, into benchmarks/results
-	for script in benchmarks/[a-z]*.py; do $(PYTHON) $$script || exit 1; done
+	for name in training_steps data checkpoint; do \
+	  $(PYTHON) -m benchmarks.$$name | tee benchmarks/results/$$(date -I)-$$(echo $$name | tr _ -).jsonl; test $${PIPESTATUS[0]} = 0 || exit 1; done
 
 images: ## the training image; BASE_IMAGE, IMAGE and IMAGE_BUILDER choose
 	@test -n "$(IMAGE_BUILDER)" || { echo "make: found no buildah, podman or docker to build images with; install one of them" >&2; exit 2; }

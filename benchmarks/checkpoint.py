@@ -6,7 +6,7 @@ baseline and subject in turn, so that a machine whose speed drifts does so for b
 medians of the rounds' ratios. With LAB_S3_ENDPOINT and LAB_S3_BUCKET set, the same on that S3 server, whose baseline is one
 upload and one download of the same bytes.
 
-    python benchmarks/checkpoint.py > benchmarks/results/DATE-checkpoint.jsonl
+    python -m benchmarks.checkpoint > benchmarks/results/DATE-checkpoint.jsonl
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -28,6 +26,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint.state_dict  # as a step's optimizer does: the first save is not for waiting for imports
 
+from benchmarks.machine import machine
 from model_core.storage import S3Settings, Storage, open_storage
 from model_core.training.checkpoint import CheckpointStore
 
@@ -161,18 +160,7 @@ def main() -> None:
     """Measures on local files, and on S3 where there is one."""
     torch.manual_seed(0)
     weights = Weights()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    tell(
-        "where",
-        commit=commit.stdout.strip(),
-        cores=len(os.sched_getaffinity(0)),
-        memory_gib=round(memory / 2**30, 1),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        load_average=round(os.getloadavg()[0], 1),  # other work on the machine, which all figures suffer from
-        command=" ".join(["python", *sys.argv]),
-    )
+    tell("machine", **machine())
     with tempfile.TemporaryDirectory(prefix="darkroom-benchmark-") as name:
         folder = Path(name)
         local = open_storage((folder / "store").as_uri())

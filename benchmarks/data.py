@@ -4,7 +4,7 @@ Prints one JSON line a measurement. Compared ways run in turn, so that a machine
 medians over rounds. Every sample is 256 px: a latent of 64 x 16 x 16 in bfloat16, 32 KiB. S3 is measured where LAB_S3_ENDPOINT and
 LAB_S3_BUCKET name a server.
 
-    python benchmarks/data.py > benchmarks/results/$(date -I)-data.jsonl
+    python -m benchmarks.data
 """
 
 from __future__ import annotations

@@ -8,9 +8,11 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+
 
 def machine() -> dict[str, object]:
-    """Commit, time, command, cores and memory, for the first line of a result."""
+    """For the first line of a result; the load average tells of other work, which all figures suffer from."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
     gibibytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
@@ -19,4 +21,7 @@ def machine() -> dict[str, object]:
         "command": " ".join(["python", *sys.argv]),
         "cores": len(os.sched_getaffinity(0)),
         "gibibytes": round(gibibytes, 1),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1),
     }

@@ -3,7 +3,7 @@
 Prints one JSON line a measurement. Each round runs the baseline (one large fp32 matrix product) and the steps in turn, so that
 a machine whose speed drifts does so for both; figures are medians over rounds.
 
-    python benchmarks/training_steps.py
+    python -m benchmarks.training_steps
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.machine import machine
 from model_core.models.mmdit import MMDiT
 from model_core.models.vae import ResidualVAE
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
@@ -36,6 +37,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     """Measures the demo's two training steps."""
+    print(json.dumps({"machine": machine()}))
     recipe = load_recipe(Path("pipelines/recipes/demo.yaml"))
     torch.manual_seed(0)
     matrix = torch.randn(MATRIX, MATRIX)
