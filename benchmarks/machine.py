@@ -18,7 +18,7 @@ def machine() -> dict[str, object]:
     return {
         "commit": commit.strip(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python -m benchmarks.{Path(sys.argv[0]).stem}",
         "cores": len(os.sched_getaffinity(0)),
         "gibibytes": round(gibibytes, 1),
         "torch": torch.__version__,
