@@ -182,7 +182,7 @@ def s3_reading(root: Path, index: Index) -> None:
             return num
 
         def theirs() -> int:
-            return sum(len(latents) for latents, _ in _webdataset(storage, tars))
+            return sum(len(latents) for latents, _ in _webdataset(endpoint, storage.uri, tars))
 
         assert ours() == theirs() == index.num_rows // BATCH * BATCH
         own, other, ratio = alternated(ours, theirs)
@@ -232,13 +232,15 @@ def _write_tars(root: Path, index: Index, storage: Storage) -> Iterator[str]:
         yield name
 
 
-def _webdataset(storage: Storage, tars: list[str]) -> Iterator[tuple[torch.Tensor, list[str]]]:
+def _webdataset(endpoint: str, uri: str, tars: list[str]) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    import boto3
     import webdataset
 
     def stream(source: Iterator[dict[str, str]]) -> Iterator[dict[str, Any]]:
+        client = boto3.client("s3", endpoint_url=endpoint, region_name=os.environ.get("AWS_DEFAULT_REGION", "us-east-1"))
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         for sample in source:
-            target = storage._object(sample["url"])  # type: ignore[attr-defined]
-            yield {"url": sample["url"], "stream": storage._client.get_object(**target)["Body"]}  # type: ignore[attr-defined]
+            yield {"url": sample["url"], "stream": client.get_object(Bucket=bucket, Key=f"{prefix}/{sample['url']}")["Body"]}
 
     def collate(batch: list[tuple[bytes, bytes]]) -> tuple[torch.Tensor, list[str]]:
         latents = np.stack([np.frombuffer(latent, dtype=np.int16) for latent, _ in batch])
