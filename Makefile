@@ -36,7 +36,7 @@ unit: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/unit -n 2 $(ARGS)
 
 integration: $(READY)
-	$(PYTHON) -m pytest tests/integration $(ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/integration -n 2 --dist loadgroup $(ARGS)
 
 lint: $(READY) ## style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -40,6 +40,13 @@ class Darkroom:
         return subprocess.Popen([DARKROOM, *arguments], cwd=self.here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two workers (--dist loadgroup) one does all that needs the run of smoke, the other all that faces servers."""
+    for item in items:
+        needs_smoke = "darkroom" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("smoke" if needs_smoke else "servers"))
+
+
 @pytest.fixture(scope="session")
 def versitygw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Versitygw]:
     server = Versitygw(tmp_path_factory.mktemp("versitygw"))

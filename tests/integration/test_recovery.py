@@ -91,18 +91,17 @@ def test_a_workspace_on_s3_has_the_same_keys_and_digests_as_one_on_a_disk(
     assert json.loads(here("verify", site["workspace"], "--site", "site.yaml", "--json"))["findings"] == []
 
 
-def test_training_on_two_ranks_gives_the_results_of_one_up_to_rounding(
-    darkroom: Darkroom, first: dict[str, Any], copy_without_training: Darkroom
-) -> None:
-    site = {"workspace": "workspace", "launch": {"steps": {step: {"processes": 2} for step in ("train_vae", "train_mmdit")}}}
+def test_training_on_two_ranks_gives_the_losses_of_one(darkroom: Darkroom, first: dict[str, Any], copy_without_training: Darkroom) -> None:
+    for step in ("train_vae", "encode_latents"):  # latents that differ by rounding would be another data set, in another order
+        shutil.copytree(darkroom.workspace / step, copy_without_training.workspace / step)
+    site = {"workspace": "workspace", "launch": {"steps": {"train_mmdit": {"processes": 2}}}}
     (copy_without_training.here / "two.yaml").write_text(yaml.safe_dump(site))
     copy_without_training("run", "smoke", "--name", "two", "--site", "two.yaml")
     assert json.loads(copy_without_training("verify", "workspace", "--json"))["findings"] == []
     two, one = (trainings(where.workspace) for where in (copy_without_training, darkroom))
-    assert [stats["ranks"] for stats in two.values()] == [2, 2, 2]
-    for label, stats in two.items():
-        for name in {"psnr", "ssim", "loss", "val_loss_image"} & set(stats):
-            assert stats[name] == pytest.approx(one[label][name], rel=1e-3), f"{label} {name}"
+    assert {label: stats["ranks"] for label, stats in two.items()} == {"train_vae-None": 1, "train_mmdit-S1": 2, "train_mmdit-S6": 2}
+    for label in ("train_mmdit-S1", "train_mmdit-S6"):
+        assert two[label]["loss"] == pytest.approx(one[label]["loss"], abs=1e-5), label
 
 
 def test_what_several_processes_cannot_do_is_refused_in_one_sentence(first: dict[str, Any], tmp_path: Path) -> None:
