@@ -72,6 +72,12 @@ class Rgw:
         self._started.append(self._process("radosgw", "-n", "client.rgw"))
         wait_until_it_answers(self.endpoint, self._started[-1])
 
+    def limit(self, user: str, *, max_bytes: int) -> None:
+        """Another user, both of whose keys are its name, with room for so many bytes in a bucket."""
+        self._run("radosgw-admin", "user", "create", f"--uid={user}", f"--display-name={user}", "--access-key", user, "--secret-key", user)
+        self._run("radosgw-admin", "quota", "set", "--quota-scope=bucket", f"--uid={user}", f"--max-size={max_bytes}")
+        self._run("radosgw-admin", "quota", "enable", "--quota-scope=bucket", f"--uid={user}")
+
     def signal(self, number: signal.Signals) -> None:
         self._started[-1].signal(number)
 

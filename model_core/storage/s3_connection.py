@@ -74,6 +74,8 @@ class S3Connection:
                 raise StorageError(f"{name}: the bucket {self.bucket} does not exist") from error
             if code(error) == "NoSuchUpload":
                 raise StorageError(f"{name}: its upload was ended by another process") from error
+            if code(error) == "QuotaExceeded":  # Ceph's way to say that there is no room; a 403, but no question of rights
+                raise StorageError(f"{name}: the store has no room left for this key ({code(error)})") from error
             if status(error) in (401, 403) or code(error) in _DENIED_CODES:
                 raise StorageError(
                     f"{name}: access denied ({code(error)}); credentials come from the AWS chain: key variables, a profile or a pod role"

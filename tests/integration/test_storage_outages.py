@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from model_core.storage import NotFoundError, Storage, StorageError, open_storage
 from model_core.storage.s3_connection import S3Connection
+from tests.rgw import Rgw
 from tests.s3_servers import ACCESS_KEY, SECRET_KEY, Server, Versitygw, new_uri, open_at, running, within
 
 pytestmark = pytest.mark.lab
@@ -127,6 +129,15 @@ def test_full_disk_below_a_server_loses_nothing(small_disk: Path, source: Path, 
     (small_disk / "objects").mkdir()
     for server in running(Versitygw(small_disk / "objects")):
         check_full_disk(open_at(new_uri(), server.endpoint, retry_seconds=1), source, tmp_path)
+
+
+def test_no_room_left_in_ceph_loses_nothing(rgw: Rgw, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gateway refuses by quota. A store of Ceph that is really full makes writers wait instead: that ends by time-out."""
+    rgw.limit("limited", max_bytes=24 * MiB)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "limited")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "limited")
+    boto3.client("s3", endpoint_url=rgw.endpoint, region_name="us-east-1").create_bucket(Bucket="limited")
+    check_full_disk(open_at("s3://limited/x", rgw.endpoint), source, tmp_path)
 
 
 def after_two_parts(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
