@@ -28,36 +28,18 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.machine import machine
+from model_core.data.folders import LocalFolder, Shards
 from model_core.data.index import Index, read_index
 from model_core.data.latents import CAPTIONS, PROMPTS, TRAIN, Bucket, LatentGroup, LatentRow, LatentWriter, Made, latent_group, latent_rows
 from model_core.data.loader import Budget, Draws, Loader
 from model_core.data.plan import Plan, Rows, make_plan
-from model_core.data.row_groups import RowGroups, Shards
+from model_core.data.row_groups import RowGroups
 from model_core.storage import S3Settings, Storage, open_storage
 
 ROUNDS = 7
 CHANNELS, SIDE = 64, 16
 WINDOW, BATCH = 4, 256
 MiB = 1 << 20
-
-
-class Local:
-    """A folder of this machine."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def path(self, name: str) -> Path:
-        return self.root / name
-
-    def local(self, name: str) -> Path | None:
-        return self.root / name
-
-    def read(self, name: str, *, start: int, length: int) -> bytes:
-        raise AssertionError("a local folder is mapped")
-
-    def read_json(self, name: str) -> Any:
-        return json.loads(self.path(name).read_bytes())
 
 
 class Remote:
@@ -135,8 +117,8 @@ def local_reading(root: Path, index: Index) -> None:
         for number in order:
             groups.get(number)
 
-    first = [(seconds(lambda: ours(groups_of(Local(root), index))), seconds(bare)) for _ in range(ROUNDS)]
-    groups = RowGroups(Local(root), index, latent_group, capacity=1, say=print)
+    first = [(seconds(lambda: ours(groups_of(LocalFolder(root), index))), seconds(bare)) for _ in range(ROUNDS)]
+    groups = RowGroups(LocalFolder(root), index, latent_group, capacity=1, say=print)
     ours(groups)
     own, theirs, ratio = alternated(lambda: ours(groups), bare)
     say(
@@ -152,7 +134,7 @@ def local_reading(root: Path, index: Index) -> None:
 def whole_batches(root: Path, index: Index) -> None:
     """The whole loader, with noise, times and prompts: what training waits for when its own step costs nothing."""
     for workers in (0, 2):
-        loader = Loader(groups_of(Local(root), index), plan_of(index), Draws((0.0, 1.0), 0.1, {"general": 1.0}), workers=workers)
+        loader = Loader(groups_of(LocalFolder(root), index), plan_of(index), Draws((0.0, 1.0), 0.1, {"general": 1.0}), workers=workers)
         last = index.num_rows // BATCH
         took = seconds(lambda loader=loader, last=last: [None for _ in loader.stream(0, last)])  # type: ignore[misc]
         say("whole batches with noise", workers=workers, samples_per_second=round(last * BATCH / took))
@@ -264,7 +246,7 @@ def useful_tokens() -> None:
         with tempfile.TemporaryDirectory() as folder:
             side = side_px // 16
             index = _captioned(Path(folder), side, num=2048)
-            groups = groups_of(Local(Path(folder)), index)
+            groups = groups_of(LocalFolder(Path(folder)), index)
             draws = Draws((0.0, 1.0), 0.0, {"general": 1.0})
             loader = Loader(groups, plan_of(index), draws, Budget(tokens=65_536, useful=0.97))
             batches = [loader.batch(number) for number in range(4)]
@@ -345,7 +327,7 @@ def memory(root: Path) -> None:
 def read_through(folder: str) -> None:
     """Reads one epoch, as from a store, and prints the peak memory of this process in MiB."""
     storage = open_storage(Path(folder).as_uri())
-    index = read_index(Local(Path(folder)))
+    index = read_index(LocalFolder(Path(folder)))
     loader = Loader(groups_of(Remote(storage), index), plan_of(index), Draws((0.0, 1.0), 0.1, {"general": 1.0}), workers=2)
     for _ in loader.stream(0, index.num_rows // BATCH):
         pass

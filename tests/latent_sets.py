@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,25 +11,6 @@ from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, Bucket, 
 
 MADE = Made(vae="a" * 64, encoder="b" * 64)
 CHANNELS = 4
-
-
-@dataclass(frozen=True)
-class LatentFolder:
-    """A folder of latents on this machine."""
-
-    root: Path
-
-    def path(self, name: str) -> Path:
-        return self.root / name
-
-    def local(self, name: str) -> Path | None:
-        return self.root / name
-
-    def read(self, name: str, *, start: int, length: int) -> bytes:
-        raise AssertionError("a local folder is mapped, not read")
-
-    def read_json(self, name: str) -> Any:
-        return json.loads(self.path(name).read_bytes())
 
 
 def sample_id(kind: str, number: int) -> bytes:

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from model_core.data.folders import Folder
 from model_core.recipe import UserError
 from model_core.storage import ConflictError, Storage
 
@@ -42,14 +42,6 @@ SCHEMA = pa.schema(
     ],
     metadata={"format": FORMAT},
 )
-
-
-class Folder(Protocol):
-    """Where a data set lies: an input of a step, or a plain local folder."""
-
-    def path(self, name: str) -> Path: ...
-
-    def read_json(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)

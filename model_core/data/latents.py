@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from model_core.data.index import Folder, Index, read_index, write_index
+from model_core.data.folders import Folder
+from model_core.data.index import Index, read_index, write_index
 from model_core.data.plan import Rows
 from model_core.data.shard_writer import ROW_GROUP_BYTES, ShardWriter
 from model_core.recipe import UserError

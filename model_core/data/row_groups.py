@@ -9,12 +9,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from model_core.data.folders import Shards
 from model_core.data.index import Index, RowGroup
 from model_core.storage import CorruptError, NotFoundError, StorageError
 
@@ -24,14 +24,6 @@ PAUSE_SECONDS = 1.0
 MAX_QUARANTINED_SHARE = 0.01
 
 Group = TypeVar("Group")
-
-
-class Shards(Protocol):
-    """Where shards lie: on this machine's disk, or in a store."""
-
-    def local(self, name: str) -> Path | None: ...
-
-    def read(self, name: str, *, start: int, length: int) -> bytes: ...
 
 
 class RowGroups(Generic[Group]):

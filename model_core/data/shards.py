@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from model_core.data.index import Folder, read_index, write_index
+from model_core.data.folders import Folder
+from model_core.data.index import read_index, write_index
 from model_core.data.keys import key_bytes, keyed_uniform
 from model_core.data.phash import perceptual_hash
 from model_core.data.shard_writer import ROW_GROUP_BYTES, ShardWriter
@@ -155,21 +156,6 @@ def read_rows(folder: Folder, columns: Sequence[str] | None = None) -> Iterator[
         for group in range(file.num_row_groups):
             for row in file.read_row_group(group, columns=None if columns is None else list(columns)).to_pylist():
                 yield RawRow(**row)
-
-
-@dataclass(frozen=True)
-class LocalFolder:
-    """A folder of raw shards on this machine that is no input yet: what a step is about to leave."""
-
-    root: Path
-
-    def path(self, name: str) -> Path:
-        """The file of that name."""
-        return self.root / name
-
-    def read_json(self, name: str) -> Any:
-        """The content of a JSON file."""
-        return json.loads(self.path(name).read_bytes())
 
 
 def spread_rows(folder: Folder, num: int) -> list[RawRow]:

@@ -17,8 +17,9 @@ from PIL import Image
 from model_core.context import StepContext
 from model_core.data.contact_sheet import NUM_SAMPLES, contact_sheet
 from model_core.data.edits import Edit, applies, crop_of, edit_photo, edit_scene
+from model_core.data.folders import LocalFolder
 from model_core.data.keys import keyed_generator
-from model_core.data.shards import LocalFolder, RawRow, decode_image, draw_rows, make_row, read_rows, spread_rows, unique_rows, write_rows
+from model_core.data.shards import RawRow, decode_image, draw_rows, make_row, read_rows, spread_rows, unique_rows, write_rows
 from model_core.data.skipped import Skipped
 from model_core.data.synthetic import PHOTO, Scene, scene_from_dict
 from model_core.recipe import UserError

@@ -22,7 +22,7 @@ from model_core.context import StepContext
 from model_core.data.buckets import bucket, fit
 from model_core.data.contact_sheet import contact_sheet
 from model_core.data.edits import Edit
-from model_core.data.index import Folder
+from model_core.data.folders import Folder
 from model_core.data.keys import keyed_generator
 from model_core.data.pixels import image_tensor
 from model_core.data.shards import RawRow, decode_image, read_rows

@@ -15,8 +15,9 @@ import numpy as np
 from model_core.context import StepContext
 from model_core.data.buckets import fit
 from model_core.data.contact_sheet import NUM_SAMPLES, contact_sheet
+from model_core.data.folders import LocalFolder
 from model_core.data.keys import keyed_generator
-from model_core.data.shards import LocalFolder, RawRow, decode_image, draw_rows, make_row, read_rows, spread_rows, unique_rows, write_rows
+from model_core.data.shards import RawRow, decode_image, draw_rows, make_row, read_rows, spread_rows, unique_rows, write_rows
 from model_core.data.skipped import Skipped
 from model_core.data.text_rendering import DroppedError, Setting, TextImage, compositional, pure, setting_of, template
 from model_core.data.typefaces import check_typefaces

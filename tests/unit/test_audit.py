@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from model_core.data.folders import LocalFolder
 from model_core.data.index import read_index, write_index
 from model_core.data.latents import latent_group, latent_rows
 from model_core.data.loader import Draws, Loader
@@ -19,7 +20,7 @@ from model_core.training.distributed import Ranks
 from model_core.training.ledger import FILE_NAME, Ledger, plan_document
 from model_core.workspace import Address, StepResult, Workspace
 from pipelines.documents import find_recipe
-from tests.latent_sets import LatentFolder, write_latents
+from tests.latent_sets import write_latents
 
 
 def commit(site: Site, address: Address, inputs: dict[str, Manifest], write) -> Manifest:
@@ -34,7 +35,7 @@ def commit(site: Site, address: Address, inputs: dict[str, Manifest], write) -> 
 
 def trained_ledger(root: Path, *, lose: bool) -> dict:
     """The ledger of 7 steps over the latents below `root`, one sample of which may be lost."""
-    folder = LatentFolder(root)
+    folder = LocalFolder(root)
     index = read_index(folder)
     rows, shares = latent_rows(index, kinds=("image", "edit")), {"image": 0.5, "edit": 0.5}
     plan = make_plan(digest=index.digest, seed=0, stage="S1", rows=rows, shares=shares, batch_size=4, window=2)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from model_core.context import StepContext
-from model_core.data.shards import LocalFolder, read_rows
+from model_core.data.folders import LocalFolder
+from model_core.data.shards import read_rows
 from model_core.data.synthetic import PHOTO, is_held_out, scene_from_dict
 from model_core.progress import Progress
 from model_core.recipe import Recipe, UserError

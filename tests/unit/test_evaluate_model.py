@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from model_core.data.edits import edit_photo
+from model_core.data.folders import LocalFolder
 from model_core.data.keys import keyed_generator
-from model_core.data.shards import LocalFolder, make_row, write_rows
+from model_core.data.shards import make_row, write_rows
 from model_core.data.synthetic import BACKGROUNDS, COLORS, SHAPES, Scene, describe, render, training_scenes
 from model_core.evaluation.drawing import Request
 from model_core.evaluation.edits import scene_edits

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from model_core.data.folders import LocalFolder
 from model_core.data.index import FORMAT, append_version, read_index, sum_ids, write_index
 from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, Made, floats, latent_group, latent_rows, open_latents
 from model_core.data.shard_writer import ShardWriter
 from model_core.recipe import UserError
 from model_core.storage import open_storage
-from tests.latent_sets import CHANNELS, MADE, LatentFolder, row, sample_id, write_latents
+from tests.latent_sets import CHANNELS, MADE, row, sample_id, write_latents
 
 SCHEMA = pa.schema([("sample_id", pa.binary(16)), ("value", pa.int64())])
 
@@ -64,7 +65,7 @@ def test_shards_end_at_their_size(tmp_path, monkeypatch):
 def test_a_new_version_lists_the_old_row_groups_and_the_new_and_the_old_one_stays(tmp_path):
     first = write_index(tmp_path, groups(tmp_path, 3))
     second = append_version(open_storage(tmp_path.as_uri()), groups(tmp_path, 1, 4))
-    folder = LatentFolder(tmp_path)
+    folder = LocalFolder(tmp_path)
     assert read_index(folder).digest == second.digest != first.digest
     assert (read_index(folder).version, read_index(folder).rows.tolist()) == (1, [3, 1, 4])
     assert read_index(folder, version=0).digest == first.digest
@@ -77,7 +78,7 @@ def test_writers_that_append_at_once_lose_nothing(tmp_path):
     parts = [groups(tmp_path, number) for number in range(3, 9)]
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda part: append_version(open_storage(tmp_path.as_uri()), part), parts))
-    index = read_index(LatentFolder(tmp_path))
+    index = read_index(LocalFolder(tmp_path))
     assert index.version == 6
     assert sorted(index.rows.tolist()) == [2, 3, 4, 5, 6, 7, 8]
 
@@ -95,10 +96,10 @@ def test_a_changed_index_and_another_format_are_refused(tmp_path):
     pointer = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps({**pointer, "sha256": "0" * 64}))
     with pytest.raises(UserError, match=r"index-00000.parquet: changed since it was written"):
-        read_index(LatentFolder(tmp_path))
+        read_index(LocalFolder(tmp_path))
     (tmp_path / "index.json").write_text(json.dumps({**pointer, "format": "x"}))
     with pytest.raises(UserError, match=f"found index format 'x'; allowed is '{FORMAT}'"):
-        read_index(LatentFolder(tmp_path))
+        read_index(LocalFolder(tmp_path))
 
 
 def test_latents_read_back_as_they_were_written_up_to_bfloat16(tmp_path):
@@ -129,18 +130,18 @@ def test_rows_lie_in_the_buckets_of_their_split_kind_and_shape(tmp_path):
 
 def test_latents_of_another_encoder_or_vae_are_refused_and_what_made_them_is_told(tmp_path):
     write_latents(tmp_path, {"image": 2})
-    assert open_latents(LatentFolder(tmp_path), made=Made(None, MADE.encoder))[1:] == (MADE, CHANNELS)
+    assert open_latents(LocalFolder(tmp_path), made=Made(None, MADE.encoder))[1:] == (MADE, CHANNELS)
     with pytest.raises(UserError, match="made with condition encoder bbbbbbbbbbbb; allowed here is cccccccccccc"):
-        open_latents(LatentFolder(tmp_path), made=Made(None, "c" * 64))
+        open_latents(LocalFolder(tmp_path), made=Made(None, "c" * 64))
     with pytest.raises(UserError, match="made with VAE aaaaaaaaaaaa; allowed here is cccccccccccc"):
-        open_latents(LatentFolder(tmp_path), made=Made("c" * 64, MADE.encoder))
+        open_latents(LocalFolder(tmp_path), made=Made("c" * 64, MADE.encoder))
 
 
 def test_shards_of_two_vaes_are_no_data_set(tmp_path):
     first, second = (write_latents(tmp_path, {kind: 2}, made=Made(vae * 64, MADE.encoder)) for kind, vae in (("image", "a"), ("edit", "c")))
     write_index(tmp_path, [index[number] for index in (first, second) for number in range(len(index))])
     with pytest.raises(UserError, match=r"train/edit/.*made with VAE cccccccccccc; allowed here is aaaaaaaaaaaa"):
-        open_latents(LatentFolder(tmp_path), made=Made(None, MADE.encoder))
+        open_latents(LocalFolder(tmp_path), made=Made(None, MADE.encoder))
 
 
 def test_duckdb_and_pyarrow_show_the_documented_columns(tmp_path):

@@ -4,13 +4,14 @@ import json
 
 import pytest
 
+from model_core.data.folders import LocalFolder
 from model_core.data.latents import latent_group, latent_rows
 from model_core.data.loader import Draws, Loader
 from model_core.data.plan import make_plan
 from model_core.data.row_groups import RowGroups
 from model_core.training.distributed import Ranks
 from model_core.training.ledger import Ledger, Tally, check_ledger, tally
-from tests.latent_sets import LatentFolder, sample_id, write_latents
+from tests.latent_sets import sample_id, write_latents
 
 IDS = [sample_id("image", number) for number in range(20)]
 
@@ -19,7 +20,7 @@ IDS = [sample_id("image", number) for number in range(20)]
 def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
     index = write_latents(root, {"image": 10, "edit": 6})
-    groups = RowGroups(LatentFolder(root), index, latent_group, capacity=16, say=lambda line: None)
+    groups = RowGroups(LocalFolder(root), index, latent_group, capacity=16, say=lambda line: None)
     plan = make_plan(
         digest=index.digest,
         seed=0,

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_core.data.folders import LocalFolder
 from model_core.data.latents import latent_group, latent_rows
 from model_core.data.loader import Batch, Budget, Draws, Loader, tokens
 from model_core.data.plan import make_plan
 from model_core.data.row_groups import RowGroups
 from model_core.training.distributed import Ranks
 from model_core.training.ledger import Ledger, check_ledger
-from tests.latent_sets import LatentFolder, sample_id, write_latents
+from tests.latent_sets import sample_id, write_latents
 
 DRAWS = Draws((0.0, 1.0), 0.1, {"general": 0.5, "text": 0.5, "knowledge": 0.0, "structured": 0.0})
 SIZES = {"image": 23, "edit": 11}
@@ -24,13 +25,13 @@ SIZES = {"image": 23, "edit": 11}
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
-    return LatentFolder(root), write_latents(root, SIZES, shapes=((2, 3), (3, 2)), held_out=3)
+    return LocalFolder(root), write_latents(root, SIZES, shapes=((2, 3), (3, 2)), held_out=3)
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     root = tmp_path_factory.mktemp("pictures")
-    return LatentFolder(root), write_latents(root, {"image": 40}, rows_a_group=16)
+    return LocalFolder(root), write_latents(root, {"image": 40}, rows_a_group=16)
 
 
 def loader(made, *, batch_size=6, draws=DRAWS, ranks=Ranks(), workers=0, budget=Budget(), kinds=("image", "edit"), seed=3) -> Loader:  # noqa: B008
@@ -120,7 +121,7 @@ def test_attempts_that_die_and_resume_on_other_ranks_use_the_undisturbed_runs_sa
 
 
 def test_prompts_are_dropped_captioned_and_instructed_in_their_shares(tmp_path):
-    made = LatentFolder(tmp_path), write_latents(tmp_path, {"image": 40, "edit": 40})
+    made = LocalFolder(tmp_path), write_latents(tmp_path, {"image": 40, "edit": 40})
     it = loader(made, batch_size=20)
     prompts = [prompt for number in range(100) for micro in it.batch(number).micro_batches for prompt in micro.prompts]
     share = {word: sum(prompt.startswith(word) for prompt in prompts) / len(prompts) for word in ("general", "text", "knowledge", "change")}
@@ -195,8 +196,8 @@ def test_rows_of_a_damaged_row_group_are_left_out_and_named(tmp_path):
     data[index[4].offset + 30] ^= 1
     path.write_bytes(data)
     said: list[str] = []
-    whole = loader((LatentFolder(tmp_path), index), batch_size=8, kinds=("image",), workers=2)
-    it = dataclasses.replace(whole, groups=RowGroups(LatentFolder(tmp_path), index, latent_group, capacity=16, say=said.append))
+    whole = loader((LocalFolder(tmp_path), index), batch_size=8, kinds=("image",), workers=2)
+    it = dataclasses.replace(whole, groups=RowGroups(LocalFolder(tmp_path), index, latent_group, capacity=16, say=said.append))
     ledger = Ledger()
     for number, batch in enumerate(it.stream(0, 5)):
         planned = it.plan.batch(number)

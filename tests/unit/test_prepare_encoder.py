@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from model_core.data.folders import LocalFolder
 from model_core.data.latents import CAPTIONS
-from model_core.data.shards import LocalFolder, make_row, write_rows
+from model_core.data.shards import make_row, write_rows
 from model_core.models.condition import load_encoder
 from model_core.recipe import Recipe
 from model_core.steps import prepare_encoder

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from model_core.data.shards import LocalFolder
+from model_core.data.folders import LocalFolder
 from model_core.evaluation.report import render_page, write_report
 from model_core.manifest import Code, Manifest, TrackedRun
 from model_core.recipe import Recipe, UserError

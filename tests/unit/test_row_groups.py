@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from model_core.data.folders import LocalFolder
 from model_core.data.latents import latent_group
 from model_core.data.row_groups import RowGroups
 from model_core.storage import NotFoundError, StorageError
-from tests.latent_sets import LatentFolder, write_latents
+from tests.latent_sets import write_latents
 
 
 class Remote:
@@ -49,7 +50,7 @@ def reader(made, shards, *, capacity=200):
 
 def test_a_remote_group_is_one_ranged_read_and_equal_to_the_local_one(made):
     remote, _ = reader(made, shards := Remote(made[0]))
-    local, _ = reader(made, LatentFolder(made[0]))
+    local, _ = reader(made, LocalFolder(made[0]))
     for number in (0, 7, 99):
         assert (remote.get(number).latents == local.get(number).latents).all()
         assert remote.get(number).prompts == local.get(number).prompts
@@ -126,7 +127,7 @@ def test_a_flipped_byte_on_disk_is_found(tmp_path):
     data = bytearray(path.read_bytes())
     data[index[2].offset + 40] ^= 1
     path.write_bytes(data)
-    groups, said = reader((tmp_path, index), LatentFolder(tmp_path))
+    groups, said = reader((tmp_path, index), LocalFolder(tmp_path))
     assert groups.get(2) is None
     assert groups.get(1) is not None
     assert "changed since it was written" in said[0]

@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from model_core.data.folders import LocalFolder
 from model_core.data.index import read_index
 from model_core.data.shards import (
     FORMAT,
-    LocalFolder,
     RawRow,
     decode_image,
     draw_rows,

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 
 from model_core.context import StepContext
+from model_core.data.folders import LocalFolder
 from model_core.data.keys import keyed_generator
-from model_core.data.shards import LocalFolder, RawRow, encode_image, make_row, write_rows
+from model_core.data.shards import RawRow, encode_image, make_row, write_rows
 from model_core.data.synthetic import render, training_scene
 from model_core.evaluation.reconstruction import psnr
 from model_core.models.teacher import OrientedEdges
