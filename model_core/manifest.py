@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model_core.recipe import UserError, canonical_digest, describe
+from model_core.documents import UserError, canonical_digest, describe
 
 SCHEMA = 1
 FILE_NAME = "manifest.json"

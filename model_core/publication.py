@@ -19,6 +19,7 @@ from model_core.claim import FILE_NAME as CLAIM
 from model_core.manifest import FILE_NAME as MANIFEST
 from model_core.manifest import FileEntry
 from model_core.storage import ConflictError, NotFoundError, Storage
+from model_core.storage.file import sync
 
 ATTEMPT_PREFIX = ".attempt-"
 CHECKPOINTS = "checkpoints"
@@ -50,7 +51,7 @@ def publish(
             remove_tree(target / name)  # of an attempt that died between its files and its manifest
         for entry in sorted(folder.iterdir()):
             entry.rename(target / entry.name)
-        _sync(target)
+        sync(target)
         storage.put(f"{prefix}/{MANIFEST}", manifest, create_only=True)
     return True
 
@@ -143,13 +144,5 @@ def _make_durable(folder: Path) -> None:
     """Forces files and names to disk: a manifest that outlives a power cut must not name files that did not."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(Path(parent, name))
+        sync(Path(parent))

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.storage import NotFoundError, Storage
 
 Status = Literal["running", "done", "failed"]

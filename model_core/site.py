@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from model_core.recipe import UserError, describe, read_document
+from model_core.documents import UserError, describe, read_document
 from model_core.storage.settings import S3Settings
 
 

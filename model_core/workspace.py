@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from model_core.documents import UserError, canonical_digest
 from model_core.manifest import FILE_NAME, Code, FileEntry, Manifest, Parent, TrackedRun, file_entry, parse_manifest
 from model_core.publication import ATTEMPT_PREFIX, alone, clear_unnamed, is_private, publish, remove_empty, remove_tree
-from model_core.recipe import Recipe, UserError, canonical_digest, section
+from model_core.recipe import Recipe, section
 from model_core.scratch import use_cache
 from model_core.site import Site
 from model_core.steps.registry import StepSpec

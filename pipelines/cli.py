@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.storage.errors import StorageError
 from pipelines.documents import DEFAULT_SITE, find_recipe, find_site
 from pipelines.errors import RunError, Stopped

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.site import Site
 
 PACKAGES = ("torch", "transformers", "safetensors", "pyarrow", "pillow", "kfp", "mlflow", "boto3", "pydantic")

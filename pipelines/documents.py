@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from model_core.recipe import Recipe, UserError, load_recipe
+from model_core.documents import UserError
+from model_core.recipe import Recipe, load_recipe
 from model_core.site import Site, load_site
 
 HERE = Path(__file__).parent

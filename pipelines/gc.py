@@ -15,9 +15,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from components.launch.local import RUN_FOLDER_PREFIX, is_alive
+from model_core.documents import UserError
 from model_core.garbage import Orphan, find_orphans
 from model_core.publication import remove_tree
-from model_core.recipe import UserError
 from model_core.site import Site
 from model_core.sweep import remove_orphans
 from model_core.workspace import Workspace

@@ -21,8 +21,9 @@ from kfp import local
 
 from components.launch import CONFIGURATION, FAILURE_FILE
 from components.launch.local import ALIVE_FILE, RUN_FOLDER, RUN_FOLDER_PREFIX
+from model_core.documents import UserError
 from model_core.evaluation.report import write_report
-from model_core.recipe import Recipe, UserError
+from model_core.recipe import Recipe
 from model_core.run_record import RunRecord, check_run_name, write_run
 from model_core.site import Site
 from model_core.storage import StorageError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from model_core.recipe import CompressionRatio, UserError
+from model_core.documents import UserError
+from model_core.recipe import CompressionRatio
 from model_core.site import Site
 
 

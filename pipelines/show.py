@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from model_core.documents import UserError
 from model_core.evaluation.report import write_report
-from model_core.recipe import UserError
 from model_core.run_record import StepRecord, read_run, read_steps, run_names
 from model_core.site import Site
 from model_core.workspace import Workspace

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_core.documents import UserError
 from model_core.manifest import FILE_NAME, Manifest, parse_manifest
-from model_core.recipe import UserError
 from model_core.site import Site
 from model_core.storage import NotFoundError, Storage, open_storage
 from model_core.workspace import Workspace, matches

@@ -27,7 +27,8 @@ from model_core.data.synthetic import (
     render,
     training_scene,
 )
-from model_core.recipe import Recipe, Scenes, UserError
+from model_core.documents import UserError
+from model_core.recipe import Recipe, Scenes
 
 Value = TypeVar("Value")
 

@@ -21,7 +21,8 @@ from model_core.data.keys import keyed_uniform
 from model_core.data.phash import distance
 from model_core.data.shards import RawRow
 from model_core.data.sources import BROKEN
-from model_core.recipe import Recipe, Thresholds, UserError
+from model_core.documents import UserError
+from model_core.recipe import Recipe, Thresholds
 
 UNIQUE = 65.0  # duplicate bits of a row that looks like no earlier one: more than 64 bits can differ by
 THUMBNAIL_PX = 16

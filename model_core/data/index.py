@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from model_core.data.folders import Folder
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.storage import ConflictError, Storage
 
 FORMAT = "darkroom-index-1"

@@ -22,7 +22,7 @@ from model_core.data.folders import Folder
 from model_core.data.index import Index, read_index, write_index
 from model_core.data.plan import Rows
 from model_core.data.shard_writer import ROW_GROUP_BYTES, ShardWriter
-from model_core.recipe import UserError
+from model_core.documents import UserError
 
 FORMAT = "darkroom-latents-2"
 CAPTIONS = ("general", "text", "knowledge", "structured")

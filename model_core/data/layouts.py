@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from model_core.data.skipped import Skipped
 from model_core.data.sources import IMAGE_SUFFIXES, SourceFolder
-from model_core.recipe import UserError
+from model_core.documents import UserError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 CAPTION_COLUMNS = ("caption", "text")

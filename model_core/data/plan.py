@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from model_core.data.keys import keyed_permutation
-from model_core.recipe import UserError
+from model_core.documents import UserError
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from model_core.data.keys import key_bytes, keyed_uniform
 from model_core.data.phash import perceptual_hash
 from model_core.data.shard_writer import ROW_GROUP_BYTES, ShardWriter
 from model_core.data.skipped import Skipped
-from model_core.recipe import UserError
+from model_core.documents import UserError
 
 FORMAT = b"darkroom-raw-1"
 BUCKET = "raw"  # pictures of all sizes lie together

@@ -20,7 +20,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from model_core.recipe import Recipe, UserError
+from model_core.documents import UserError
+from model_core.recipe import Recipe
 from model_core.site import Site
 from model_core.storage import Storage, StorageError, open_storage
 

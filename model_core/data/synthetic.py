@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from model_core.data.keys import keyed_generator, keyed_uniform
-from model_core.recipe import Scenes, UserError
+from model_core.documents import UserError
+from model_core.recipe import Scenes
 
 COLORS = {
     "red": (222, 45, 45),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-from model_core.recipe import TextImages, UserError
+from model_core.documents import UserError
+from model_core.recipe import TextImages
 
 MEASURED_SIZE = 1000  # em, in pixels, at which a typeface's proportions are measured
 

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import logging as transformers_logging
 
 from model_core.data.keys import keyed_generator
-from model_core.recipe import Encoder, UserError
+from model_core.documents import UserError
+from model_core.recipe import Encoder
 
 transformers_logging.disable_progress_bar()  # its bars would break a step's lines
 

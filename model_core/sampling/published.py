@@ -9,12 +9,13 @@ from pathlib import Path
 from PIL import Image
 
 from model_core.data.buckets import bucket
+from model_core.documents import UserError
 from model_core.evaluation.drawing import Painter, Request, draw
 from model_core.manifest import FILE_NAME, Manifest, parse_manifest
 from model_core.models.condition import load_encoder
 from model_core.models.mmdit import load_mmdit
 from model_core.models.vae import load_vae
-from model_core.recipe import Sampling, UserError
+from model_core.recipe import Sampling
 from model_core.run_record import read_run, read_steps
 from model_core.site import Site
 from model_core.storage import NotFoundError, open_storage

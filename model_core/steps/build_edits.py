@@ -22,7 +22,7 @@ from model_core.data.keys import keyed_generator
 from model_core.data.shards import RawRow, decode_image, draw_rows, make_row, read_rows, spread_rows, unique_rows, write_rows
 from model_core.data.skipped import Skipped
 from model_core.data.synthetic import PHOTO, Scene, scene_from_dict
-from model_core.recipe import UserError
+from model_core.documents import UserError
 
 NUM_SECONDS = 64  # photographs at hand for edits that take two
 NO_CHANGE = "no change that may be shown"

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from model_core.context import StepContext
 from model_core.data.filters import COLUMNS, Look, Scores, apply, check_filters, open_nsfw_detector, score_row
 from model_core.data.shards import read_kept_rows, read_rows
-from model_core.recipe import Thresholds, UserError
+from model_core.documents import UserError
+from model_core.recipe import Thresholds
 from model_core.steps.registry import RAW
 
 RADIUS = b"dedup_distance"  # metadata: how far duplicates were searched for

@@ -23,7 +23,8 @@ from model_core.data.shards import RawRow, decode_image, make_row, spread_rows, 
 from model_core.data.skipped import Skipped
 from model_core.data.sources import BROKEN, CAPTION_FORMS, IMAGE_SUFFIXES, SCENES, SourceFolder, decode_picture, open_source
 from model_core.data.synthetic import NUM_WORDINGS, PHOTO, Scene, compose, describe, render, training_scenes
-from model_core.recipe import Data, UserError
+from model_core.documents import UserError
+from model_core.recipe import Data
 
 NUM_BACKGROUNDS = 64  # photographs kept at hand for scenes that are drawn over one
 BROKEN_PICTURE = "cannot be decoded"

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from model_core.context import StepContext
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.workspace import InputFolder
 
 PARTS = {"mmdit": "model", "vae": "vae", "encoder": "encoder"}  # name in model.json -> input

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from model_core.documents import UserError
 from model_core.manifest import ManifestKind
-from model_core.recipe import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

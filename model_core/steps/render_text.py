@@ -21,7 +21,7 @@ from model_core.data.shards import RawRow, decode_image, draw_rows, make_row, re
 from model_core.data.skipped import Skipped
 from model_core.data.text_rendering import DroppedError, Setting, TextImage, compositional, pure, setting_of, template
 from model_core.data.typefaces import check_typefaces
-from model_core.recipe import UserError
+from model_core.documents import UserError
 
 NUM_BACKGROUNDS = 256
 MAX_ATTEMPTS = 20  # texts tried for one picture before it is given up

@@ -23,11 +23,12 @@ from model_core.data.buckets import fit
 from model_core.data.keys import keyed_generator
 from model_core.data.pixels import image_tensor, tensor_image
 from model_core.data.shards import RawRow, decode_image, read_kept_rows
+from model_core.documents import UserError
 from model_core.evaluation.reconstruction import psnr, ssim
 from model_core.models.teacher import OrientedEdges
 from model_core.models.vae import ResidualVAE, load_vae, save_vae
 from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss
-from model_core.recipe import VAE, UserError
+from model_core.recipe import VAE
 from model_core.training.checkpoint import Stateful
 from model_core.training.curves import Curves
 from model_core.training.distributed import sum_gradients, sum_over_ranks

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote
 
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.storage.errors import ConflictError, CorruptError, NotFoundError, StorageError
 from model_core.storage.protocol import Stat, Storage, Unfinished
 from model_core.storage.settings import S3Settings

@@ -150,7 +150,7 @@ class FileStorage:
                 raise ConflictError(f"{self.uri}/{target.relative_to(self.root).as_posix()}: exists already") from error
         else:
             staged.replace(target)
-        _sync(target.parent)
+        sync(target.parent)
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:
@@ -207,7 +207,7 @@ def _write_synced(file: Path, data: bytes) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file's bytes, or a folder's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

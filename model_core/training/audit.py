@@ -10,8 +10,8 @@ from model_core.data.index import Index, read_index
 from model_core.data.latents import latent_group, latent_rows
 from model_core.data.plan import Plan
 from model_core.data.row_groups import RowGroups
+from model_core.documents import UserError
 from model_core.manifest import Manifest
-from model_core.recipe import UserError
 from model_core.site import Site
 from model_core.storage import StorageError
 from model_core.training.ledger import FILE_NAME as LEDGER

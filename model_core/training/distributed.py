@@ -12,8 +12,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
+# The first rank may wait as long for a step that another launcher is doing, and the others for it. A rank that dies is no reason to
+# time out: torchrun ends the others.
+PATIENCE = timedelta(hours=24)
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Value = TypeVar("Value")
@@ -66,7 +70,7 @@ def join_ranks() -> Iterator[Ranks]:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     finally:

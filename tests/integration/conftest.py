@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from model_core.storage import S3Settings, open_storage
 from tests.rgw import Rgw
 from tests.s3_servers import Versitygw, running
 
@@ -45,6 +49,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         needs_smoke = "darkroom" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("smoke" if needs_smoke else "servers"))
+
+
+@pytest.fixture
+def lab_site(tmp_path: Path) -> Iterator[Path]:
+    """The file of a site whose workspace is a prefix of its own on the lab's S3 server; it is emptied afterwards."""
+    endpoint, bucket = os.environ.get("LAB_S3_ENDPOINT"), os.environ.get("LAB_S3_BUCKET")
+    if not endpoint:
+        assert not os.environ.get("REQUIRE_LAB"), "REQUIRE_LAB is set, but LAB_S3_ENDPOINT is not: the lab is not up"
+        pytest.skip("LAB_S3_ENDPOINT is not set: start the lab to test against its S3 server")
+    settings = S3Settings(endpoint_url=endpoint)
+    site = {
+        "workspace": f"s3://{bucket}/test-{uuid.uuid4().hex}",
+        "scratch": str(tmp_path / "scratch"),
+        "s3": settings.model_dump(exclude_unset=True),
+    }
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
+    yield tmp_path / "site.yaml"
+    storage = open_storage(str(site["workspace"]), settings)
+    for entry in list(storage.list()):
+        storage.delete(entry.path)
 
 
 @pytest.fixture(scope="session")

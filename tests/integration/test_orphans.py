@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,22 +153,8 @@ def file_place(tmp_path: Path) -> Place:
 
 
 @pytest.fixture
-def s3_place(tmp_path: Path) -> Iterator[Place]:
-    endpoint, bucket = os.environ.get("LAB_S3_ENDPOINT"), os.environ.get("LAB_S3_BUCKET")
-    if not endpoint:
-        assert not os.environ.get("REQUIRE_LAB"), "REQUIRE_LAB is set, but LAB_S3_ENDPOINT is not: the lab is not up"
-        pytest.skip("LAB_S3_ENDPOINT is not set: start the lab to test against its S3 server")
-    site = {
-        "workspace": f"s3://{bucket}/orphans-{os.getpid()}-{time.time_ns()}",
-        "scratch": str(tmp_path / "scratch"),
-        "s3": {"endpoint_url": endpoint, "addressing_style": "path"},
-    }
-    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
-    place = Place(tmp_path, tmp_path / "site.yaml")
-    yield place
-    storage = Workspace(place.site).storage
-    for entry in list(storage.list()):
-        storage.delete(entry.path)
+def s3_place(lab_site: Path, tmp_path: Path) -> Place:
+    return Place(tmp_path, lab_site)
 
 
 def written(storage: Storage, step: str, name: str) -> set[tuple[str, str]]:

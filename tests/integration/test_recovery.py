@@ -72,23 +72,14 @@ def test_a_run_killed_in_both_trainings_resumes_to_bitwise_the_same_results(
 
 @pytest.mark.lab
 def test_a_workspace_on_s3_has_the_same_keys_and_digests_as_one_on_a_disk(
-    darkroom: Darkroom, first: dict[str, Any], tmp_path: Path
+    darkroom: Darkroom, first: dict[str, Any], lab_site: Path, tmp_path: Path
 ) -> None:
-    endpoint, bucket = os.environ.get("LAB_S3_ENDPOINT"), os.environ.get("LAB_S3_BUCKET")
-    if not endpoint:
-        assert not os.environ.get("REQUIRE_LAB"), "REQUIRE_LAB is set, but LAB_S3_ENDPOINT is not: the lab is not up"
-        pytest.skip("LAB_S3_ENDPOINT is not set: start the lab to test against its S3 server")
-    site = {
-        "workspace": f"s3://{bucket}/recovery-{os.getpid()}-{time.time_ns()}",
-        "scratch": str(tmp_path / "scratch"),
-        "s3": {"endpoint_url": endpoint, "addressing_style": "path"},
-    }
-    (tmp_path / "site.yaml").write_text(yaml.safe_dump(site))
     here = Darkroom(tmp_path)
     told = json.loads(here("run", "smoke", "--name", "remote", "--site", "site.yaml", "--json"))
     remote, local = ({(step["step"], step["stage"]): step["key"] for step in run["steps"]} for run in (told, first))
     assert remote == local
-    assert json.loads(here("verify", site["workspace"], "--site", "site.yaml", "--json"))["findings"] == []
+    workspace = yaml.safe_load(lab_site.read_text())["workspace"]
+    assert json.loads(here("verify", workspace, "--site", "site.yaml", "--json"))["findings"] == []
 
 
 def test_training_on_two_ranks_gives_the_losses_of_one(darkroom: Darkroom, first: dict[str, Any], copy_without_training: Darkroom) -> None:

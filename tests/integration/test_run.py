@@ -23,7 +23,7 @@ REAL = Path(model_core.__file__).parent
 FAKE_PACKAGE = f"__path__.append({str(REAL)!r})\n"
 FAKE_STEPS = f"""
 import json, os, runpy, sys, time, types
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.steps.registry import STEPS
 
 wish = json.load(open("wish.json"))

@@ -11,8 +11,8 @@ from model_core.data.latents import latent_group, latent_rows
 from model_core.data.loader import Draws, Loader
 from model_core.data.plan import make_plan
 from model_core.data.row_groups import RowGroups
+from model_core.documents import UserError
 from model_core.manifest import Code, Manifest
-from model_core.recipe import UserError
 from model_core.site import Site
 from model_core.steps.registry import STEPS
 from model_core.training.audit import audit

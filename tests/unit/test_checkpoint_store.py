@@ -179,28 +179,18 @@ def test_with_no_sound_checkpoint_training_starts_anew(
     assert said[0].endswith("; training starts from nothing")
 
 
-def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(
-    storage: Storage, store_of: Callable[..., CheckpointStore], tmp_path: Path
+@pytest.mark.parametrize(("again", "newest", "kept"), [(200, 200, [100, 200]), (150, 150, [100, 150])])
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again_and_does_not_count_among_those_kept(
+    storage: Storage, store_of: Callable[..., CheckpointStore], tmp_path: Path, again: int, newest: int, kept: list[int]
 ) -> None:
     for step in (100, 200):
         save(store_of(storage), step)
     flip_a_byte(next(folder(tmp_path, 200).glob("attempt-*/__0_0.distcp")))
     store = store_of(storage)
     restored(store)
-    save(store, 200)
-    assert restored(store_of(storage)) == (200, 200.0)
-
-
-def test_a_damaged_checkpoint_does_not_count_among_those_kept(
-    storage: Storage, store_of: Callable[..., CheckpointStore], tmp_path: Path
-) -> None:
-    for step in (100, 200):
-        save(store_of(storage), step)
-    flip_a_byte(next(folder(tmp_path, 200).glob("attempt-*/__0_0.distcp")))
-    store = store_of(storage)
-    restored(store)
-    save(store, 150)
-    assert files(tmp_path) == ["step-00000100", "step-00000150"]
+    save(store, again)
+    assert files(tmp_path) == [f"step-{step:08d}" for step in kept]
+    assert restored(store_of(storage)) == (newest, float(newest))
 
 
 def test_a_store_that_cannot_be_read_is_no_damage(remote: RemoteStorage, store_of: Callable[..., CheckpointStore], said: list[str]) -> None:

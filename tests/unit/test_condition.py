@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model_core.documents import UserError
 from model_core.models.condition import (
     ConditionEncoder,
     last_states,
@@ -15,7 +16,7 @@ from model_core.models.condition import (
     train_tokenizer,
     user_turn,
 )
-from model_core.recipe import Encoder, UserError
+from model_core.recipe import Encoder
 
 CONFIG = Encoder(hidden_size=32, num_layers=2, num_heads=2, vocab_size=320)
 COLORS, TEXTS = ("red", "blue", "green"), ("A7", "B3", "K0")

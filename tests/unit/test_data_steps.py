@@ -16,8 +16,9 @@ from model_core.context import StepContext
 from model_core.data.folders import LocalFolder
 from model_core.data.shards import read_rows
 from model_core.data.synthetic import PHOTO, is_held_out, scene_from_dict
+from model_core.documents import UserError
 from model_core.progress import Progress
-from model_core.recipe import Recipe, UserError
+from model_core.recipe import Recipe
 from model_core.site import Site
 from model_core.steps import build_edits, caption_images, filter_images, ingest_images, render_text
 from model_core.storage import open_storage

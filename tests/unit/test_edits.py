@@ -19,7 +19,8 @@ from model_core.data.edits import (
 )
 from model_core.data.keys import keyed_generator
 from model_core.data.synthetic import BACKGROUNDS, COLORS, PHOTO, Scene, is_held_out, render, scene_from_dict, training_scene
-from model_core.recipe import Recipe, Scenes, UserError
+from model_core.documents import UserError
+from model_core.recipe import Recipe, Scenes
 
 CONFIG = Scenes()
 OPERATIONS = ("attribute", "background", "style", "text", "removal", "restoration", "multi_reference")

@@ -26,7 +26,8 @@ from model_core.data.filters import (
 from model_core.data.phash import distance, perceptual_hash
 from model_core.data.shards import make_row
 from model_core.data.synthetic import render, training_scenes
-from model_core.recipe import Recipe, Scenes, Thresholds, UserError
+from model_core.documents import UserError
+from model_core.recipe import Recipe, Scenes, Thresholds
 
 
 def photo(seed: int, size: tuple[int, int] = (96, 80)) -> Image.Image:

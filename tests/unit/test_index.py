@@ -13,7 +13,7 @@ from model_core.data.folders import LocalFolder
 from model_core.data.index import FORMAT, append_version, read_index, sum_ids, write_index
 from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, Made, floats, latent_group, latent_rows, open_latents
 from model_core.data.shard_writer import ShardWriter
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.storage import open_storage
 from tests.latent_sets import CHANNELS, MADE, row, sample_id, write_latents
 

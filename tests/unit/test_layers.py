@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = ("pipelines", "components", "model_core")
 PLATFORM = {"kfp", "kfp_server_api", "kubernetes", "torchx"}
 LIGHT = (  # what steps that need no tensors import; torch costs seconds
+    "model_core/documents.py",
     "model_core/recipe.py",
     "model_core/site.py",
     "model_core/manifest.py",
@@ -21,6 +22,7 @@ LIGHT = (  # what steps that need no tensors import; torch costs seconds
     "model_core/context.py",
     "model_core/run_record.py",
     "model_core/__main__.py",
+    "model_core/task.py",
     "model_core/storage",
     "model_core/tracking",
     "model_core/steps/registry.py",

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_core.data.plan import Plan, Rows, kind_counts, make_plan, schedule
-from model_core.recipe import UserError
+from model_core.documents import UserError
 
 SHARES = {"edit": Fraction(3, 10), "image": Fraction(13, 20), "text_image": Fraction(1, 20)}
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from model_core.recipe import UserError, load_recipe, override, parse_recipe, section
+from model_core.documents import UserError, override
+from model_core.recipe import load_recipe, parse_recipe, section
 
 MINIMAL = {"name": "tiny", "mmdit": {"stages": {"S1": {}}}}
 

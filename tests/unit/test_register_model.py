@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from model_core.context import StepContext
+from model_core.documents import UserError
 from model_core.manifest import Code, FileEntry, Manifest, TrackedRun
 from model_core.progress import Progress
-from model_core.recipe import UserError, parse_recipe
+from model_core.recipe import parse_recipe
 from model_core.site import Site
 from model_core.steps.register_model import run
 from model_core.storage import open_storage

@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from model_core.data.folders import LocalFolder
+from model_core.documents import UserError
 from model_core.evaluation.report import render_page, write_report
 from model_core.manifest import Code, Manifest, TrackedRun
-from model_core.recipe import Recipe, UserError
+from model_core.recipe import Recipe
 from model_core.run_record import RunRecord, StepRecord, write_run, write_step
 from model_core.site import parse_site
 from model_core.steps import publish_report

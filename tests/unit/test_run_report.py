@@ -2,7 +2,7 @@
 
 import pytest
 
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.storage import NotFoundError
 from pipelines import run as module
 

@@ -22,7 +22,7 @@ from model_core.data.shards import (
     write_rows,
 )
 from model_core.data.skipped import Skipped
-from model_core.recipe import UserError
+from model_core.documents import UserError
 
 
 def picture(index: int) -> Image.Image:

@@ -16,7 +16,8 @@ from PIL import Image
 from model_core.data.layouts import read_folder
 from model_core.data.skipped import Skipped
 from model_core.data.sources import check_sources, decode_picture, open_source, source_fingerprint
-from model_core.recipe import Recipe, UserError
+from model_core.documents import UserError
+from model_core.recipe import Recipe
 from model_core.site import Site
 
 SITE = Site()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.storage import ConflictError, CorruptError, Storage, StorageError, Unfinished, open_storage
 from tests.storage_conformance import StorageConformance, put_many
 
@@ -124,7 +124,7 @@ def test_many_objects_are_listed_in_order(storage: Storage) -> None:
     assert [found.path for found in storage.list("many/")] == paths
 
 
-@pytest.mark.parametrize("uri", ["file:///root/store", "file:///root/store/", "s3://bucket/a/b", "s3://bucket"])
+@pytest.mark.parametrize("uri", ["file:///data/store", "file:///data/store/", "s3://bucket/a/b", "s3://bucket"])
 def test_uri_has_no_slash_at_its_end(uri: str) -> None:
     assert open_storage(uri).uri == uri.rstrip("/")
 
@@ -151,7 +151,7 @@ def test_bad_uri_is_a_user_error_in_one_sentence(uri: str, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("uri", ["file:///root/store", "s3://bucket/x"])
+@pytest.mark.parametrize("uri", ["file:///data/store", "s3://bucket/x"])
 def test_every_store_has_the_methods_of_the_protocol(uri: str) -> None:
     assert isinstance(open_storage(uri), Storage)
 

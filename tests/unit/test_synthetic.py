@@ -22,7 +22,8 @@ from model_core.data.synthetic import (
     training_scenes,
     triple_is_held_out,
 )
-from model_core.recipe import Scenes, UserError
+from model_core.documents import UserError
+from model_core.recipe import Scenes
 
 CONFIG = Scenes(num_images=400)
 

@@ -21,7 +21,8 @@ from model_core.data.text_rendering import (
     wrap,
 )
 from model_core.data.typefaces import TYPEFACES, Typeface, check_typefaces, covers, font
-from model_core.recipe import TextImages, UserError
+from model_core.documents import UserError
+from model_core.recipe import TextImages
 
 
 def setting(language: str = "en", size_px: int = 64, font_px: tuple[int, int] = (10, 18)) -> Setting:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model_core.recipe import UserError
+from model_core.documents import UserError
 from model_core.tracking.ui import page_url, ui_command
 
 

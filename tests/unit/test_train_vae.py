@@ -21,11 +21,12 @@ from model_core.data.folders import LocalFolder
 from model_core.data.keys import keyed_generator
 from model_core.data.shards import RawRow, encode_image, make_row, write_rows
 from model_core.data.synthetic import render, training_scene
+from model_core.documents import UserError
 from model_core.evaluation.reconstruction import psnr
 from model_core.models.teacher import OrientedEdges
 from model_core.models.vae import ResidualVAE, load_vae
 from model_core.progress import Progress
-from model_core.recipe import Recipe, Scenes, UserError, parse_recipe
+from model_core.recipe import Recipe, Scenes, parse_recipe
 from model_core.site import Site
 from model_core.steps.train_vae import AlignedVAE, batch, losses, run, score, set_statistics
 from model_core.storage import open_storage

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from model_core.claim import ClaimLostError, acquire
+from model_core.documents import UserError
 from model_core.manifest import Code, Manifest, TrackedRun, parse_manifest
-from model_core.recipe import UserError, parse_recipe
+from model_core.recipe import parse_recipe
 from model_core.site import Site, load_site, parse_site
 from model_core.steps.registry import STEPS
 from model_core.workspace import Address, InputFolder, StepResult, Workspace, check_inputs, step_key

@@ -86,16 +86,6 @@ def read_tensors(folder: Path, templates: Mapping[str, Tensor], *, ranks: Ranks)
     return tensors
 
 
-def sync_folders(*folders: Path) -> None:
-    """Forces the names in `folders` to disk."""
-    for folder in folders:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _reason(error: Any, folder: Path) -> str:
     """What the first rank that failed met, in one line; the traceback is in the exception's cause."""
     rank, (cause, _) = min(error.failures.items())

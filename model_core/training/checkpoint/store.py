@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from model_core.storage import ConflictError, Storage, StorageError
+from model_core.storage.file import sync
 from model_core.training.checkpoint.agreement import together
 from model_core.training.checkpoint.commit import COMMIT, Commit, SavedFile, committed_steps, step_folder
 from model_core.training.checkpoint.retention import remove_below, remove_outdated
@@ -176,7 +177,7 @@ class CheckpointStore:
 
     def _write(self, folder: str, document: Any, tensors: dict[str, Any]) -> list[SavedFile]:
         """This rank's files, written and stored."""
-        from model_core.training.checkpoint.files import sync_folders, write_files  # torch, for which other steps need not wait
+        from model_core.training.checkpoint.files import write_files  # torch, for which other steps need not wait
 
         place = place_of(self._storage, folder, scratch=self._scratch)
         files = write_files(place, document, tensors, ranks=self._ranks)
@@ -185,7 +186,8 @@ class CheckpointStore:
                 if self._storage.upload(f"{folder}/{file.path}", place / file.path) != file.sha256:
                     raise StorageError(f"{place / file.path}: changed between writing and upload")
         elif self._ranks.is_first:
-            sync_folders(place, *place.parents[:3])
+            for parent in (place, *place.parents[:3]):
+                sync(parent)
         return files
 
     def _commit(self, commit: Commit, folder: str) -> None:
