@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from model_core.documents import UserError, describe, read_document
+from model_core.steps.registry import STEPS
 from model_core.storage.settings import S3Settings
 
 
@@ -47,6 +48,19 @@ class Launch(Section):
 
     default: LaunchProfile = LaunchProfile()
     steps: dict[str, LaunchProfile] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _steps_can_do_so(self) -> Launch:
+        parallel = [name for name, spec in STEPS.items() if spec.parallel]
+        alone = f"allowed is 1, more are for {' and '.join(parallel)} alone"
+        if self.default.processes > 1:
+            raise ValueError(f"default: found {self.default.processes} processes; {alone}, under steps")
+        for name, profile in self.steps.items():
+            if name not in STEPS:
+                raise ValueError(f"steps: found {name!r}; allowed are {', '.join(STEPS)}")
+            if profile.processes > 1 and name not in parallel:
+                raise ValueError(f"steps.{name}: found {profile.processes} processes; {alone}")
+        return self
 
     def profile(self, step: str) -> LaunchProfile:
         """The profile of one step."""

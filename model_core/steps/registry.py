@@ -66,7 +66,7 @@ STEPS: dict[str, StepSpec] = {
         ),
         StepSpec(
             name="train_mmdit",
-            version=2,
+            version=3,
             sections=(
                 "seed",
                 "mmdit.path",

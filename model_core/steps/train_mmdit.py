@@ -30,7 +30,7 @@ from model_core.training.curves import Curves
 from model_core.training.distributed import sum_gradients, sum_over_ranks
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.ledger import FILE_NAME as LEDGER
-from model_core.training.ledger import Ledger, LedgerError, check_ledger, plan_document
+from model_core.training.ledger import Ledger, LedgerError, check_ledger, ledger_document, plan_document
 from model_core.training.optim import Optimizer
 from model_core.training.stopping import Stopped, noting_sigterm
 from model_core.training.validation import validation_loss
@@ -206,7 +206,6 @@ def _publish(
     context.log({f"val/loss/{kind}": loss for kind, loss in losses.items()}, step=stage.steps)
     history = context.inputs["previous"].read_json("history.json") if "previous" in context.inputs else []
     history.append({"stage": context.stage, "curves": curves.points, "validation": losses})
-    used = {"plan": plan_document(plan), **ledger.state_dict()}
-    for name, document in (("curves.json", curves.points), ("history.json", history), (LEDGER, used)):
+    for name, document in (("curves.json", curves.points), ("history.json", history), (LEDGER, ledger_document(ledger, plan))):
         (context.output / name).write_text(json.dumps(document, indent=1) + "\n")
     return {"loss": curves.last, **{f"val_loss_{kind}": loss for kind, loss in losses.items()}}

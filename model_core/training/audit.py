@@ -15,7 +15,7 @@ from model_core.manifest import Manifest
 from model_core.site import Site
 from model_core.storage import StorageError
 from model_core.training.ledger import FILE_NAME as LEDGER
-from model_core.training.ledger import Ledger, check_ledger
+from model_core.training.ledger import FORMAT, Ledger, check_ledger
 from model_core.workspace import Address, InputFolder, Workspace
 
 
@@ -25,6 +25,9 @@ def audit(manifest: Manifest, site: Site) -> list[str]:
     Raises UserError when the ledger, or the latents that it must be held against, cannot be had.
     """
     document = InputFolder(manifest, site=site).read_json(LEDGER)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise UserError(f"{manifest.uri}/{LEDGER}: found ledger format {found!r}; allowed is {FORMAT!r}")
     parent = next(parent for parent in manifest.parents if parent.name == "latents")
     root = manifest.uri.removesuffix(f"/{manifest.step}/{manifest.key}")
     latents = Workspace(site.model_copy(update={"workspace": root})).find(Address(parent.step, manifest.stage, parent.key))

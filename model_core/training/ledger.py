@@ -22,6 +22,7 @@ from model_core.training.distributed import Ranks
 Key = tuple[str, int]  # kind and epoch
 MODULUS = 1 << 8 * ID_BYTES
 FILE_NAME = "ledger.json"
+FORMAT = "darkroom-ledger-1"
 
 
 class LedgerError(Exception):
@@ -108,6 +109,11 @@ class Ledger:
         self._own_epochs: dict[Key, Tally] = {}
         self._own_steps: list[Tally] = []
         self._own_missing: list[tuple[Key, int, int]] = []
+
+
+def ledger_document(ledger: Ledger, plan: Plan) -> dict[str, Any]:
+    """What `ledger.json` holds."""
+    return {"format": FORMAT, "plan": plan_document(plan), **ledger.state_dict()}
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:

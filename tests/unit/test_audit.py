@@ -17,7 +17,7 @@ from model_core.site import Site
 from model_core.steps.registry import STEPS
 from model_core.training.audit import audit
 from model_core.training.distributed import Ranks
-from model_core.training.ledger import FILE_NAME, Ledger, plan_document
+from model_core.training.ledger import FILE_NAME, Ledger, ledger_document
 from model_core.workspace import Address, StepResult, Workspace
 from pipelines.documents import find_recipe
 from tests.latent_sets import write_latents
@@ -45,7 +45,7 @@ def trained_ledger(root: Path, *, lose: bool) -> dict:
         ids = {key: members[1:] if lose and number == 5 else members for key, members in batch.ids.items()}
         ledger.add(ids)
     ledger.join(Ranks())
-    return {"plan": plan_document(plan), **ledger.state_dict()}
+    return ledger_document(ledger, plan)
 
 
 @pytest.fixture
@@ -79,6 +79,12 @@ def test_a_ledger_of_another_data_set_is_found(site):
         return {**document, "plan": {**document["plan"], "index": "f" * 64}}
 
     assert "is about a data set with index ffffffffffff" in audit(train(site, change=change), site)[0]
+
+
+@pytest.mark.parametrize("change", [lambda document: [], lambda document: {**document, "format": "darkroom-ledger-0"}])
+def test_a_ledger_of_another_format_is_refused(site, change):
+    with pytest.raises(UserError, match=r"ledger\.json: found ledger format .*; allowed is 'darkroom-ledger-1'"):
+        audit(train(site, change=change), site)
 
 
 def test_a_data_set_that_is_gone_or_altered_is_named(site, tmp_path):

@@ -146,6 +146,12 @@ WRONG_SITES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "an unknown tracking server": ({"tracking": {"uri": "ftp://host"}}, ("tracking.uri", "ftp://host")),
     "an unknown scheduler": ({"launch": {"default": {"scheduler": "cron"}}}, ("launch.default.scheduler", "cron")),
     "no threads": ({"launch": {"steps": {"train_vae": {"threads": 0}}}}, ("launch.steps.train_vae.threads",)),
+    "no process": ({"launch": {"steps": {"train_vae": {"processes": 0}}}}, ("launch.steps.train_vae.processes",)),
+    "fewer than no workers": ({"launch": {"default": {"loader_workers": -1}}}, ("launch.default.loader_workers", "found -1")),
+    "several processes for every step": ({"launch": {"default": {"processes": 3}}}, ("default: found 3 processes", "train_mmdit")),
+    "several processes for a step of one": ({"launch": {"steps": {"render_text": {"processes": 2}}}}, ("steps.render_text", "found 2")),
+    "a profile of no step": ({"launch": {"steps": {"train_vea": {"threads": 1}}}}, ("found 'train_vea'", "train_vae")),
+    "a store that is never tried again for less than no time": ({"s3": {"retry_seconds": -1}}, ("s3.retry_seconds",)),
     "an endpoint that is no address": ({"s3": {"endpoint_url": "here"}}, ("s3.endpoint_url", "here")),
     "an endpoint where nobody listens": (
         {
