@@ -66,7 +66,7 @@ STEPS: dict[str, StepSpec] = {
         ),
         StepSpec(
             name="train_mmdit",
-            version=3,
+            version=2,
             sections=(
                 "seed",
                 "mmdit.path",
