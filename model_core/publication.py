@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from model_core.claim import FILE_NAME as CLAIM
 from model_core.manifest import FILE_NAME as MANIFEST
@@ -56,6 +55,15 @@ def publish(
     return True
 
 
+def is_finished(storage: Storage, prefix: str) -> bool:
+    """Whether a step's folder holds a manifest."""
+    try:
+        storage.stat(f"{prefix}/{MANIFEST}")
+    except NotFoundError:
+        return False
+    return True
+
+
 def clear_unnamed(storage: Storage, prefix: str, *, named: Sequence[FileEntry]) -> None:
     """Removes what the manifest of a finished step does not name: from then on those are the result's names for ever."""
     names = {entry.path for entry in named}
@@ -84,7 +92,7 @@ def _publish_remotely(
 ) -> bool:
     for entry in files:
         confirm()
-        if _exists(storage, f"{prefix}/{MANIFEST}"):
+        if is_finished(storage, prefix):
             return False
         _send(storage, f"{prefix}/{entry.path}", folder / entry.path)
     confirm()
@@ -104,14 +112,6 @@ def _send(storage: Storage, path: str, source: Path) -> None:
     storage.upload(path, source, create_only=etag is None, if_match=etag)
 
 
-def _exists(storage: Storage, path: str) -> bool:
-    try:
-        storage.stat(path)
-    except NotFoundError:
-        return False
-    return True
-
-
 @contextmanager
 def alone(target: Path, *, wait: bool = True) -> Iterator[bool]:
     """The lock of those who change what lies in a step's folder under final names; yields False when it is taken and `wait` is not."""
@@ -124,7 +124,7 @@ def alone(target: Path, *, wait: bool = True) -> Iterator[bool]:
             except BlockingIOError:
                 yield False
                 return
-            if not _is_at(file, path):  # its last holder has removed it while we waited: others lock a newer file
+            if not is_at(file.fileno(), path):  # its last holder has removed it while we waited: others lock a newer file
                 continue
             try:
                 yield True
@@ -133,9 +133,10 @@ def alone(target: Path, *, wait: bool = True) -> Iterator[bool]:
             return
 
 
-def _is_at(file: TextIO, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file or folder is still the one at `path`: a lock on one that was removed meanwhile keeps nobody out."""
     try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 

@@ -6,7 +6,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from model_core.publication import remove_tree
+from model_core.publication import is_at, remove_tree
 
 
 def use_cache(folder: Path) -> int:
@@ -15,7 +15,7 @@ def use_cache(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if _is_at(descriptor, folder):
+        if is_at(descriptor, folder):
             return descriptor
         os.close(descriptor)  # it was removed while we waited
 
@@ -47,10 +47,3 @@ def is_used(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-def _is_at(descriptor: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), folder.stat())
-    except FileNotFoundError:
-        return False

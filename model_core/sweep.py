@@ -9,10 +9,9 @@ from pathlib import Path
 from model_core.claim import FILE_NAME as CLAIM
 from model_core.claim import Claim, ClaimLostError, take
 from model_core.garbage import Orphan, StepFolder
-from model_core.manifest import FILE_NAME as MANIFEST
-from model_core.publication import alone, remove_tree
+from model_core.publication import alone, is_finished, remove_tree
 from model_core.scratch import remove_cache
-from model_core.storage import NotFoundError, Storage
+from model_core.storage import Storage
 from model_core.workspace import Workspace
 
 
@@ -53,7 +52,7 @@ def _remove_guarded(storage: Storage, orphans: list[Orphan], say: Callable[[str]
         return []
     try:
         with claim:
-            if _is_finished(storage, folder) != (folder.named is not None):
+            if is_finished(storage, folder.prefix) != (folder.named is not None):
                 say(kept)
                 return []
             if not _empty(storage, folder, orphans, claim):
@@ -83,14 +82,6 @@ def _empty(storage: Storage, folder: StepFolder, orphans: Iterable[Orphan], clai
     for orphan in orphans:
         if orphan.folder is not None:
             remove_tree(orphan.folder)
-    return True
-
-
-def _is_finished(storage: Storage, folder: StepFolder) -> bool:
-    try:
-        storage.stat(f"{folder.prefix}/{MANIFEST}")
-    except NotFoundError:
-        return False
     return True
 
 
