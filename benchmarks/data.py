@@ -30,7 +30,18 @@ import torch
 from benchmarks.machine import machine
 from model_core.data.folders import LocalFolder, Shards
 from model_core.data.index import Index, read_index
-from model_core.data.latents import CAPTIONS, PROMPTS, TRAIN, Bucket, LatentGroup, LatentRow, LatentWriter, Made, latent_group, latent_rows
+from model_core.data.latents import (
+    CAPTIONS,
+    PROMPTS,
+    TRAIN,
+    Bucket,
+    LatentGroup,
+    LatentRow,
+    LatentWriter,
+    Origin,
+    latent_group,
+    latent_rows,
+)
 from model_core.data.loader import Budget, Draws, Loader
 from model_core.data.plan import Plan, Rows, make_plan
 from model_core.data.row_groups import RowGroups
@@ -59,7 +70,7 @@ class Remote:
 def write_data_set(root: Path, num: int) -> Index:
     """`num` samples of noise, which compresses no better than latents do, with captions."""
     root.mkdir(parents=True, exist_ok=True)
-    writer = LatentWriter(root, made=Made("v" * 64, "e" * 64), channels=CHANNELS)
+    writer = LatentWriter(root, origin=Origin("v" * 64, "e" * 64), channels=CHANNELS)
     noise = torch.randn(64, CHANNELS, SIDE, SIDE)
     for number in range(num):
         words = {"instruction": "", **{name: f"{name} caption of sample {number}, some twenty words long " * 4 for name in CAPTIONS}}
@@ -272,7 +283,7 @@ def _padded_share(loader: Loader) -> float:
 def _captioned(root: Path, side: int, *, num: int) -> Index:
     """One-channel latents whose captions are log-normal in length: median 155, sigma 0.9, at most 1,024 tokens, mean near 231."""
     lengths = np.clip(np.random.default_rng(0).lognormal(np.log(165), 0.9, num).round(), 4, 1024).astype(int)
-    writer = LatentWriter(root, made=Made("v" * 64, "e" * 64), channels=1)
+    writer = LatentWriter(root, origin=Origin("v" * 64, "e" * 64), channels=1)
     latent = torch.zeros(1, side, side)
     for number, length in enumerate(lengths.tolist()):
         prompts = dict.fromkeys(PROMPTS, "x")

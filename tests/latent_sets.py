@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from model_core.data.index import Index
-from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, Bucket, LatentRow, LatentWriter, Made
+from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, Bucket, LatentRow, LatentWriter, Origin
 
-MADE = Made(vae="a" * 64, encoder="b" * 64)
+ORIGIN = Origin(vae="a" * 64, encoder="b" * 64)
 CHANNELS = 4
 
 
@@ -38,11 +38,11 @@ def write_latents(
     rows_a_group: int = 4,
     shapes: tuple[tuple[int, int], ...] = ((2, 3),),
     held_out: int = 0,
-    made: Made = MADE,
+    origin: Origin = ORIGIN,
 ) -> Index:
     """`sizes` rows a kind, dealt out over `shapes`; edits have one reference; the last `held_out` of a kind are held out."""
     root.mkdir(parents=True, exist_ok=True)
-    writer = LatentWriter(root, made=made, channels=CHANNELS)
+    writer = LatentWriter(root, origin=origin, channels=CHANNELS)
     for kind, size in sizes.items():
         for number in range(size):
             shape, references = shapes[number % len(shapes)], 1 if kind == "edit" else 0

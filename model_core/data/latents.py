@@ -59,7 +59,7 @@ def parse_bucket(name: str) -> Bucket:
 
 
 @dataclass(frozen=True)
-class Made:
+class Origin:
     """Digests of the models that a shard was made with: latents and token counts mean nothing to others."""
 
     vae: str | None
@@ -95,8 +95,8 @@ class LatentGroup:
 class LatentWriter:
     """Writes rows of any bucket below `root`; memory holds at most one row group a bucket."""
 
-    def __init__(self, root: Path, *, made: Made, channels: int) -> None:
-        self._root, self._made, self._channels = root, made, channels
+    def __init__(self, root: Path, *, origin: Origin, channels: int) -> None:
+        self._root, self._origin, self._channels = root, origin, channels
         self._writers: dict[Bucket, ShardWriter] = {}
         self._rows: dict[Bucket, list[LatentRow]] = defaultdict(list)
 
@@ -114,7 +114,7 @@ class LatentWriter:
 
     def _flush(self, bucket: Bucket) -> None:
         rows = self._rows.pop(bucket)
-        schema = latent_schema(bucket, self._channels, self._made)
+        schema = latent_schema(bucket, self._channels, self._origin)
         if bucket not in self._writers:
             self._writers[bucket] = ShardWriter(self._root, f"latents/{bucket}", schema, bucket=str(bucket))
         columns: dict[str, list[object]] = {
@@ -132,14 +132,14 @@ class LatentWriter:
         return 2 * self._channels * bucket.image_tokens
 
 
-def latent_schema(bucket: Bucket, channels: int, made: Made) -> pa.Schema:
+def latent_schema(bucket: Bucket, channels: int, origin: Origin) -> pa.Schema:
     """Columns and metadata of a bucket's shards; `references` is there only where there are some."""
     latent = 2 * channels * bucket.height * bucket.width
     fields = [("sample_id", pa.binary(16)), ("latent", pa.binary(latent))]
     fields += [("references", pa.binary(latent * bucket.num_references))] if bucket.num_references else []
     fields += [(name, pa.string()) for name in PROMPTS]
     fields += [(f"{name}_tokens", pa.int16()) for name in PROMPTS]
-    metadata = {"format": FORMAT, "bucket": str(bucket), "channels": str(channels), "vae": made.vae or "", "encoder": made.encoder}
+    metadata = {"format": FORMAT, "bucket": str(bucket), "channels": str(channels), "vae": origin.vae or "", "encoder": origin.encoder}
     return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=metadata)
 
 
@@ -159,24 +159,24 @@ def latent_group(table: pa.Table, where: str) -> LatentGroup:
     )
 
 
-def open_latents(folder: Folder, *, made: Made) -> tuple[Index, Made, int]:
+def open_latents(folder: Folder, *, origin: Origin) -> tuple[Index, Origin, int]:
     """The index of a data set of latents, what they were made with, and their channels.
 
-    Raises UserError when there is nothing in it, or a shard was made with another condition encoder or VAE than `made` says
+    Raises UserError when there is nothing in it, or a shard was made with another condition encoder or VAE than `origin` says
     (a VAE of None is any, but one for all shards).
     """
     index = read_index(folder)
     root = folder.path("index.json").parent
     if not len(index):
         raise UserError(f"{root / 'index.json'}: found no latents; allowed is at least one row to train on")
-    channels, vae = 0, made.vae
+    channels, vae = 0, origin.vae
     for path in index.paths:
         metadata = _metadata(pq.read_metadata(pa.BufferReader(index.footer(path))).metadata, str(root / path))
         channels, vae = int(metadata["channels"]), vae or metadata["vae"]
-        for what, found, allowed in (("condition encoder", metadata["encoder"], made.encoder), ("VAE", metadata["vae"], vae)):
+        for what, found, allowed in (("condition encoder", metadata["encoder"], origin.encoder), ("VAE", metadata["vae"], vae)):
             if found != allowed:
                 raise UserError(f"{root / path}: made with {what} {found[:12]}; allowed here is {str(allowed)[:12]}")
-    return index, Made(vae, made.encoder), channels
+    return index, Origin(vae, origin.encoder), channels
 
 
 def _metadata(metadata: dict[bytes, bytes] | None, where: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -79,15 +79,11 @@ class Budget:
 
 
 @dataclass
-class Waited:
-    """Seconds that the training loop has stood still for data."""
-
-    seconds: float = 0.0
-
-
-@dataclass
 class Loader:
-    """Makes a rank's share of any global batch, and streams those of a stretch of them."""
+    """Makes a rank's share of any global batch, and streams those of a stretch of them.
+
+    `workers` threads make batches ahead. `waited_seconds` is how long the training loop has stood still for data.
+    """
 
     groups: RowGroups[LatentGroup]
     plan: Plan
@@ -95,7 +91,7 @@ class Loader:
     budget: Budget = Budget()
     ranks: Ranks = ALONE
     workers: int = 0
-    waited: Waited = field(default_factory=Waited)
+    waited_seconds: float = 0.0
 
     def stream(self, first: int, last: int) -> Iterator[Batch]:
         """Batches `first` to `last` - 1 in order, made ahead by the workers; without workers each is made when asked for."""
@@ -103,7 +99,7 @@ class Loader:
             for number in range(first, last):
                 began = time.monotonic()
                 batch = self.batch(number)
-                self.waited.seconds += time.monotonic() - began
+                self.waited_seconds += time.monotonic() - began
                 yield batch
             return
         with ThreadPoolExecutor(self.workers, "loader") as pool, ThreadPoolExecutor(self.workers, "fetch") as fetchers:
@@ -117,7 +113,7 @@ class Loader:
                     if number >= first + BATCHES_AHEAD:
                         began = time.monotonic()
                         batch = ahead.popleft().result()
-                        self.waited.seconds += time.monotonic() - began
+                        self.waited_seconds += time.monotonic() - began
                         yield batch
             finally:
                 for future in ahead:

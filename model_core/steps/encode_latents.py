@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model_core.context import StepContext
 from model_core.data.buckets import bucket, fit
-from model_core.data.latents import CAPTIONS, HELD_OUT, TRAIN, Bucket, LatentRow, LatentWriter, Made
+from model_core.data.latents import CAPTIONS, HELD_OUT, TRAIN, Bucket, LatentRow, LatentWriter, Origin
 from model_core.data.pixels import image_tensor
 from model_core.data.shards import RawRow, decode_image, read_kept_rows
 from model_core.models.condition import load_encoder
@@ -37,8 +37,8 @@ def run(context: StepContext) -> dict[str, Any]:
     captions = {row["sample_id"]: row for row in pq.read_table(inputs["captions"].path("captions.parquet")).to_pylist()}
     began, done = time.monotonic(), 0
 
-    made = Made(vae=inputs["vae"].manifest.content_digest, encoder=inputs["encoder"].manifest.content_digest)
-    writer = LatentWriter(context.output, made=made, channels=vae.config.latent_channels)
+    origin = Origin(vae=inputs["vae"].manifest.content_digest, encoder=inputs["encoder"].manifest.content_digest)
+    writer = LatentWriter(context.output, origin=origin, channels=vae.config.latent_channels)
     total = sum(count for kind, count in inputs["kept"].manifest.stats["kinds"].items() if kind in stage.kinds)
     for rows in _batches(read_kept_rows(inputs["kept"], inputs, kinds=stage.kinds)):
         for shape_px, group in _by_bucket(rows, stage.resolution_px).items():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model_core.context import StepContext
 from model_core.data.index import Index
-from model_core.data.latents import HELD_OUT, LatentGroup, Made, latent_group, latent_rows, open_latents
+from model_core.data.latents import HELD_OUT, LatentGroup, Origin, latent_group, latent_rows, open_latents
 from model_core.data.loader import Budget, Draws, Loader, MicroBatch
 from model_core.data.plan import Plan, make_plan
 from model_core.data.row_groups import RowGroups
@@ -42,7 +42,7 @@ def run(context: StepContext) -> dict[str, Any]:
     recipe, stage, ranks = context.recipe.mmdit, context.recipe.mmdit.stages[context.stage], context.ranks
     torch.use_deterministic_algorithms(True)
     encoder = load_encoder(context.inputs["encoder"].folder("encoder"))
-    index, made, channels = open_latents(context.inputs["latents"], made=expected_origin(context))
+    index, origin, channels = open_latents(context.inputs["latents"], origin=expected_origin(context))
     groups = open_groups(context, index)
     plan = stage_plan(context, index)
     draws = Draws(
@@ -85,7 +85,7 @@ def run(context: StepContext) -> dict[str, Any]:
             done = step + 1
             if done % recipe.log_every_steps == 0 or done == stage.steps:
                 point = curves.close(done)
-                waited = loader.waited.seconds / (time.monotonic() - began)
+                waited = loader.waited_seconds / (time.monotonic() - began)
                 context.log({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"], "data/wait_share": waited}, step=done)
             stopped = done < stage.steps and stop.agreed(ranks)
             if stopped or (done % recipe.checkpoint_every_steps == 0 and done < stage.steps):
@@ -105,20 +105,20 @@ def run(context: StepContext) -> dict[str, Any]:
         "trained_rows": sum(rows.total for rows in plan.rows.values()),
         "missing_samples": ledger.num_missing,
         "warnings": missing_warnings(ledger, index),
-        "vae": made.vae,
+        "vae": origin.vae,
         "ranks": ranks.size,
-        "train_seconds": round(seconds - loader.waited.seconds, 3),
-        "data_seconds": round(loader.waited.seconds, 3),
-        "data_wait_share": round(loader.waited.seconds / max(seconds, 1e-9), 5),
+        "train_seconds": round(seconds - loader.waited_seconds, 3),
+        "data_seconds": round(loader.waited_seconds, 3),
+        "data_wait_share": round(loader.waited_seconds / max(seconds, 1e-9), 5),
         "samples_per_second": round((stage.steps - first) * stage.batch_size / max(seconds, 1e-9), 1),
     }
 
 
-def expected_origin(context: StepContext) -> Made:
+def expected_origin(context: StepContext) -> Origin:
     """What the latents must have been made with: the condition encoder at hand and, after the first stage, that stage's VAE."""
     previous = context.inputs.get("previous")
     vae = None if previous is None else previous.manifest.stats.get("vae")
-    return Made(vae=vae, encoder=context.inputs["encoder"].manifest.content_digest)
+    return Origin(vae=vae, encoder=context.inputs["encoder"].manifest.content_digest)
 
 
 def missing_warnings(ledger: Ledger, index: Index) -> list[str]:

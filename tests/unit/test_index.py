@@ -11,11 +11,11 @@ import pytest
 
 from model_core.data.folders import LocalFolder
 from model_core.data.index import FORMAT, append_version, read_index, sum_ids, write_index
-from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, Made, floats, latent_group, latent_rows, open_latents
+from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, Origin, floats, latent_group, latent_rows, open_latents
 from model_core.data.shard_writer import ShardWriter
 from model_core.documents import UserError
 from model_core.storage import open_storage
-from tests.latent_sets import CHANNELS, MADE, row, sample_id, write_latents
+from tests.latent_sets import CHANNELS, ORIGIN, row, sample_id, write_latents
 
 SCHEMA = pa.schema([("sample_id", pa.binary(16)), ("value", pa.int64())])
 
@@ -130,18 +130,20 @@ def test_rows_lie_in_the_buckets_of_their_split_kind_and_shape(tmp_path):
 
 def test_latents_of_another_encoder_or_vae_are_refused_and_what_made_them_is_told(tmp_path):
     write_latents(tmp_path, {"image": 2})
-    assert open_latents(LocalFolder(tmp_path), made=Made(None, MADE.encoder))[1:] == (MADE, CHANNELS)
+    assert open_latents(LocalFolder(tmp_path), origin=Origin(None, ORIGIN.encoder))[1:] == (ORIGIN, CHANNELS)
     with pytest.raises(UserError, match="made with condition encoder bbbbbbbbbbbb; allowed here is cccccccccccc"):
-        open_latents(LocalFolder(tmp_path), made=Made(None, "c" * 64))
+        open_latents(LocalFolder(tmp_path), origin=Origin(None, "c" * 64))
     with pytest.raises(UserError, match="made with VAE aaaaaaaaaaaa; allowed here is cccccccccccc"):
-        open_latents(LocalFolder(tmp_path), made=Made("c" * 64, MADE.encoder))
+        open_latents(LocalFolder(tmp_path), origin=Origin("c" * 64, ORIGIN.encoder))
 
 
 def test_shards_of_two_vaes_are_no_data_set(tmp_path):
-    first, second = (write_latents(tmp_path, {kind: 2}, made=Made(vae * 64, MADE.encoder)) for kind, vae in (("image", "a"), ("edit", "c")))
+    first, second = (
+        write_latents(tmp_path, {kind: 2}, origin=Origin(vae * 64, ORIGIN.encoder)) for kind, vae in (("image", "a"), ("edit", "c"))
+    )
     write_index(tmp_path, [index[number] for index in (first, second) for number in range(len(index))])
     with pytest.raises(UserError, match=r"train/edit/.*made with VAE cccccccccccc; allowed here is aaaaaaaaaaaa"):
-        open_latents(LocalFolder(tmp_path), made=Made(None, MADE.encoder))
+        open_latents(LocalFolder(tmp_path), origin=Origin(None, ORIGIN.encoder))
 
 
 def test_duckdb_and_pyarrow_show_the_documented_columns(tmp_path):
@@ -153,6 +155,6 @@ def test_duckdb_and_pyarrow_show_the_documented_columns(tmp_path):
     assert [entry[:2] for entry in described] == [("sample_id", "BLOB"), ("latent", "BLOB"), ("references", "BLOB"), *prompts, *lengths]
     rows = duckdb.sql(f"select octet_length(latent), instruction, sample_id from read_parquet('{path}') order by sample_id").fetchall()
     assert rows == [(2 * CHANNELS * 6, f"change {number}", sample_id("edit", number)) for number in range(3)]
-    assert pq.read_schema(path).metadata[b"vae"].decode() == MADE.vae
+    assert pq.read_schema(path).metadata[b"vae"].decode() == ORIGIN.vae
     every = duckdb.sql(f"select count(*) from read_parquet('{tmp_path}/latents/*/*/*/*.parquet', union_by_name=true)").fetchall()
     assert every == [(6,)]

@@ -168,7 +168,7 @@ def test_time_spent_waiting_is_told(small, monkeypatch):
     it = loader(small, workers=1)
     monkeypatch.setattr(Loader, "batch", lambda self, number: [number, __import__("time").sleep(0.05)][0])
     assert list(it.stream(0, 3)) == [0, 1, 2]
-    assert it.waited.seconds > 0.04
+    assert it.waited_seconds > 0.04
 
 
 def test_an_error_in_a_worker_reaches_the_training_loop(small, monkeypatch):
