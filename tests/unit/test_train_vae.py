@@ -32,6 +32,7 @@ from model_core.steps.train_vae import AlignedVAE, batch, losses, run, score, se
 from model_core.storage import open_storage
 from model_core.tracking.spool import open_tracker
 from model_core.training.checkpoint import CheckpointStore
+from model_core.training.distributed import Ranks
 
 VAE = {
     "model": {"stem_fold": 4, "encoder_widths": [8, 8, 8], "decoder_widths": [8, 8, 8], "encoder_blocks": 1, "decoder_blocks": 1},
@@ -184,6 +185,35 @@ def test_large_pictures_are_seen_at_scales_between_the_whole_and_their_own_pixel
 def test_small_pictures_are_scaled_to_cover_the_crop() -> None:
     picture = encode_image(Image.new("RGB", (20, 50), (255, 0, 0)))
     assert torch.equal(batch([picture], range(1), step=0, config=recipe().vae, seed=0)[0, :, 0, 0], torch.tensor([1.0, -1.0, -1.0]))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_over_many_steps_ranks_weighed_by_their_pictures_train_as_one(ranks: int) -> None:
+    """In double precision: in single, rounding decides on which side of a kink (L1, the hinges of alignment) a place falls."""
+    config = recipe(batch_size=4, steps=25).vae
+    pictures = [row.image for row in scene_rows(8, held_out=0)]
+
+    def train(size: int) -> list[float]:
+        torch.manual_seed(0)
+        teacher = OrientedEdges().double()
+        model = AlignedVAE(ResidualVAE(config.model), teacher_dim=teacher.dim).double()
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        told = []
+        for step in range(config.steps):
+            total = 0.0
+            for share in (Ranks(rank, size).share(config.batch_size) for rank in range(size)):
+                images = batch(pictures, share, step=step, config=config, seed=0).double()
+                part = losses(model, teacher, images, config=config, step=step)[0] * len(share) / config.batch_size
+                part.backward()
+                total += part.item()
+            adamw.step()
+            adamw.zero_grad()
+            told.append(total)
+        return told
+
+    alone = train(1)
+    assert alone[-1] < 0.9 * alone[0]
+    assert train(ranks) == pytest.approx(alone, abs=1e-10)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
