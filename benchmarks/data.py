@@ -42,14 +42,18 @@ from model_core.data.latents import (
     latent_group,
     latent_rows,
 )
-from model_core.data.loader import Budget, Draws, Loader
+from model_core.data.loader import Draws, Loader
 from model_core.data.plan import Plan, Rows, make_plan
 from model_core.data.row_groups import RowGroups
+from model_core.models.stream import num_tokens
+from model_core.recipe import MMDiTModel
 from model_core.storage import S3Settings, Storage, open_storage
 
 ROUNDS = 7
 CHANNELS, SIDE = 64, 16
 WINDOW, BATCH = 4, 256
+TOKEN_BUDGET = 65_536
+MODEL = MMDiTModel(num_layers=1, num_heads=1, head_dim=8, rope_axes=(2, 4, 2))  # of its settings a loader needs the layout alone
 MiB = 1 << 20
 
 
@@ -145,7 +149,9 @@ def local_reading(root: Path, index: Index) -> None:
 def whole_batches(root: Path, index: Index) -> None:
     """The whole loader, with noise, times and prompts: what training waits for when its own step costs nothing."""
     for workers in (0, 2):
-        loader = Loader(groups_of(LocalFolder(root), index), plan_of(index), Draws((0.0, 1.0), 0.1, {"general": 1.0}), workers=workers)
+        loader = Loader(
+            groups_of(LocalFolder(root), index), plan_of(index), Draws((0.0, 1.0), 0.1, {"general": 1.0}), MODEL, workers=workers
+        )
         last = index.num_rows // BATCH
         took = seconds(lambda loader=loader, last=last: [None for _ in loader.stream(0, last)])  # type: ignore[misc]
         say("whole batches with noise", workers=workers, samples_per_second=round(last * BATCH / took))
@@ -252,32 +258,28 @@ def _webdataset(endpoint: str, uri: str, tars: list[str]) -> Iterator[tuple[torc
 
 
 def useful_tokens() -> None:
-    """Share of tokens that are no padding, in batches whose captions follow the log-normal mix with a mean of 231 tokens."""
+    """Share of a pass's token budget that is used, for captions that follow the log-normal mix with a mean of 231 tokens.
+
+    A packed stream holds no padding; what is lost is what the last sample of a pass leaves of the budget.
+    """
     for side_px in (256, 512, 1024):
         with tempfile.TemporaryDirectory() as folder:
             side = side_px // 16
             index = _captioned(Path(folder), side, num=2048)
-            groups = groups_of(LocalFolder(Path(folder)), index)
             draws = Draws((0.0, 1.0), 0.0, {"general": 1.0})
-            loader = Loader(groups, plan_of(index), draws, Budget(tokens=65_536, useful=0.97))
-            batches = [loader.batch(number) for number in range(4)]
-            tokens, padded = sum(batch.tokens for batch in batches), sum(batch.padded_tokens for batch in batches)
-            micro = [len(part) for batch in batches for part in batch.micro_batches]
+            loader = Loader(groups_of(LocalFolder(Path(folder)), index), plan_of(index), draws, MODEL, TOKEN_BUDGET)
+            micro = [part for number in range(4) for part in loader.batch(number).micro_batches]
+            lengths = [num_tokens(sample[0]) + num_tokens(sample[1]) for part in micro for sample in part.samples]
             say(
                 "share of useful tokens",
                 px=side_px,
                 batch_size=BATCH,
-                share=round(tokens / padded, 4),
+                token_budget=TOKEN_BUDGET,
+                share=round(sum(len(part.stream) for part in micro) / (len(micro) * TOKEN_BUDGET), 4),
                 goal=0.97,
-                mean_micro_batch=round(float(np.mean(micro)), 1),
-                padded_to_the_longest_of_the_batch=round(_padded_share(loader), 3),
+                mean_micro_batch=round(len(lengths) / len(micro), 1),
+                padded_to_the_longest_of_the_batch=round(sum(lengths) / (len(lengths) * max(lengths)), 3),
             )
-
-
-def _padded_share(loader: Loader) -> float:
-    plain = Loader(loader.groups, loader.plan, loader.draws)
-    batches = [plain.batch(number) for number in range(4)]
-    return sum(batch.tokens for batch in batches) / sum(batch.padded_tokens for batch in batches)
 
 
 def _captioned(root: Path, side: int, *, num: int) -> Index:
@@ -339,7 +341,7 @@ def read_through(folder: str) -> None:
     """Reads one epoch, as from a store, and prints the peak memory of this process in MiB."""
     storage = open_storage(Path(folder).as_uri())
     index = read_index(LocalFolder(Path(folder)))
-    loader = Loader(groups_of(Remote(storage), index), plan_of(index), Draws((0.0, 1.0), 0.1, {"general": 1.0}), workers=2)
+    loader = Loader(groups_of(Remote(storage), index), plan_of(index), Draws((0.0, 1.0), 0.1, {"general": 1.0}), MODEL, workers=2)
     for _ in loader.stream(0, index.num_rows // BATCH):
         pass
     print(peak_mebibytes())

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.machine import machine
 from model_core.models.mmdit import MMDiT
+from model_core.models.stream import pack
 from model_core.models.vae import ResidualVAE
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
 from model_core.recipe import load_recipe
@@ -45,14 +46,15 @@ def main() -> None:
     images = torch.rand(recipe.vae.batch_size, 3, recipe.vae.crop_px, recipe.vae.crop_px) * 2 - 1
     batch = next(iter(recipe.mmdit.stages.values())).batch_size
     mmdit = MMDiT(recipe.mmdit.model, latent_channels=recipe.vae.model.latent_channels, text_dim=TEXT_DIM)
-    x0, noise, t = torch.randn(batch, 16, 64), torch.randn(batch, 16, 64), torch.rand(batch)
-    text, mask = torch.randn(batch, TEXT_TOKENS, TEXT_DIM), torch.ones(batch, TEXT_TOKENS, dtype=torch.bool)
+    x0, noise, t = torch.randn(batch * 16, 64), torch.randn(batch * 16, 64), torch.rand(batch)
+    text, stream = torch.randn(batch * TEXT_TOKENS, TEXT_DIM), pack([(TEXT_TOKENS, (4, 4))] * batch, recipe.mmdit.model)
 
     def vae_step() -> None:
         (vae.decode(vae.encode(images)) - images).abs().mean().backward()
 
     def mmdit_step() -> None:
-        flow_loss(mmdit(interpolate(x0, noise, t), t, text, mask, (4, 4)), velocity_target(x0, noise)).mean().backward()
+        velocity = mmdit(interpolate(x0, noise, t.repeat_interleave(16)), text, t, stream)
+        flow_loss(velocity, velocity_target(x0, noise), num_elements=x0.numel()).backward()
 
     for name, step, samples in (("train_vae", vae_step, len(images)), ("train_mmdit", mmdit_step, batch)):
         with FlopCounterMode(display=False) as counter:

@@ -180,6 +180,7 @@ class MMDiTModel(Section):
     rope_axes: tuple[Count, Count, Count] = (16, 56, 56)  # frame, height, width; S and Qwen-Image 1.0
     rope_theta: PositiveFloat = 10_000.0  # S
     mlp_ratio: PositiveFloat = 3.0  # SwiGLU hidden width over model width; S
+    rope_positions: Literal["ordinal", "running"] = "ordinal"  # frames and text count as in Qwen-Image 1.0, or along the stream (S)
     attention: Literal["full", "block_causal"] = "full"  # full is the safe reading of R1; block_causal is S
     condition_at_t0: bool = False  # text and condition images modulated at t=0; S
     place_input: bool = False  # image tokens also carry their rotary angles as input: short runs learn places sooner (ours)
@@ -246,6 +247,7 @@ class MMDiT(Section):
     path: str | None = None  # folder of earlier weights to start the first stage from
     model: MMDiTModel = MMDiTModel()
     logit_normal: tuple[float, PositiveFloat] = (0.0, 1.0)  # mean and std of logit(t); Qwen-Image 1.0
+    shift_mu: tuple[float, float] | None = None  # t moved towards noise: exponential shift at 256 and 8192 tokens; None: no shift
     uncond_dropout: Share = 0.1  # R1 Table 2
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.001  # R1 Table 2
     betas: tuple[Share, Share] = (0.9, 0.95)  # ours
@@ -255,8 +257,7 @@ class MMDiT(Section):
         {"general": 0.7, "text": 0.1, "knowledge": 0.1, "structured": 0.1}
     )  # how often a caption type is drawn (ours)
     window_row_groups: Count = 8  # row groups a kind that are open, and shuffled together, at a time (ours)
-    micro_batch_tokens: Count | None = None  # most tokens, padding included, in one pass of a process; None: the whole batch
-    useful_token_share: Share = 0.97  # a micro-batch ends where padding would take more than the rest (ours)
+    micro_batch_tokens: Count | None = None  # most tokens that are packed into one pass of a process; None: its whole share
     log_every_steps: Count = 20
     checkpoint_every_steps: Count = 100
     keep_every_steps: Count | None = None  # checkpoints at its multiples are kept while the stage runs, beside the newest two

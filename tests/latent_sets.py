@@ -8,6 +8,9 @@ import torch
 
 from model_core.data.index import Index
 from model_core.data.latents import CAPTIONS, HELD_OUT, PROMPTS, TRAIN, Bucket, LatentRow, LatentWriter, Origin
+from model_core.recipe import MMDiTModel
+
+MODEL = MMDiTModel(num_layers=1, num_heads=1, head_dim=8, rope_axes=(2, 4, 2))
 
 ORIGIN = Origin(vae="a" * 64, encoder="b" * 64)
 CHANNELS = 4

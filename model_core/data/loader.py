@@ -21,7 +21,9 @@ from model_core.data.keys import keyed_generator
 from model_core.data.latents import LatentGroup, floats
 from model_core.data.plan import Plan
 from model_core.data.row_groups import RowGroups
-from model_core.objectives.flow import logit_normal
+from model_core.models.stream import Sample, Stream, pack
+from model_core.objectives.flow import logit_normal, shift_mu, shift_time
+from model_core.recipe import MMDiTModel
 from model_core.training.distributed import ALONE, Ranks
 
 BATCHES_AHEAD = 4
@@ -29,14 +31,19 @@ BATCHES_AHEAD = 4
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of one shape: `latents`, `noise` (B, N, C); `references` R of (B, N, C); `t` (B,); B prompts; N = h w tokens."""
+    """Samples packed into one stream: what one pass of the model takes.
 
-    latents: Tensor
+    `pictures` (I, C): all picture tokens, clean, in the order of the stream; `noise` (N, C) for the target tokens, which
+    `is_target` (I,) marks; `t` (B,); B prompts, and the B `samples` as segments.
+    """
+
+    pictures: Tensor
     noise: Tensor
-    references: list[Tensor]
+    is_target: Tensor
     t: Tensor
     prompts: list[str]
-    shape: tuple[int, int]
+    samples: list[Sample]
+    stream: Stream
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -47,48 +54,52 @@ class Batch:
     """A rank's share of a global batch.
 
     `ids` are the samples in it, by kind and epoch; `missing` those that lie in quarantined row groups, as (row group, row).
-    `tokens` are those of pictures and prompts, `padded_tokens` what the model computes for them.
+    `num_elements` are the values that the loss is taken over.
     """
 
     micro_batches: list[MicroBatch]
     ids: dict[tuple[str, int], list[bytes]]
     missing: dict[tuple[str, int], list[tuple[int, int]]]
-    tokens: int
-    padded_tokens: int
+
+    @property
+    def num_elements(self) -> int:
+        """Values that this share's loss is a sum over."""
+        return sum(micro.noise.numel() for micro in self.micro_batches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all streams."""
+        return sum(len(micro.stream) for micro in self.micro_batches)
 
 
 @dataclass(frozen=True)
 class Draws:
     """How a sample is drawn: p(t), the share that loses its prompt, and how often each caption type is taken.
 
-    `empty_tokens` is how many states the condition encoder gives for no prompt at all.
+    `shift_mu` at 256 and 8192 target tokens moves t towards noise (None: not at all). `empty_tokens` is how many states the
+    condition encoder gives for no prompt at all.
     """
 
     logit_normal: tuple[float, float]
     uncond_dropout: float
     caption_weights: dict[str, float]
+    shift_mu: tuple[float, float] | None = None
     empty_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How a share is cut into micro-batches: at most `tokens` each with padding (None: no limit), of which `useful` are none."""
-
-    tokens: int | None = None
-    useful: float = 0.0
 
 
 @dataclass
 class Loader:
     """Makes a rank's share of any global batch, and streams those of a stretch of them.
 
-    `workers` threads make batches ahead. `waited_seconds` is how long the training loop has stood still for data.
+    A share is packed into streams of at most `token_budget` tokens (None: one stream). `workers` threads make batches ahead.
+    `waited_seconds` is how long the training loop has stood still for data.
     """
 
     groups: RowGroups[LatentGroup]
     plan: Plan
     draws: Draws
-    budget: Budget = Budget()
+    model: MMDiTModel
+    token_budget: int | None = None
     ranks: Ranks = ALONE
     workers: int = 0
     waited_seconds: float = 0.0
@@ -120,9 +131,9 @@ class Loader:
                     future.cancel()
 
     def batch(self, number: int) -> Batch:
-        """This rank's share of global batch `number`, split by shape and budget."""
+        """This rank's share of global batch `number`, packed by the token budget."""
         samples = self.plan.share(number, rank=self.ranks.rank, size=self.ranks.size)
-        drawn: dict[tuple[tuple[int, int], int], list[_Sample]] = defaultdict(list)
+        drawn: list[_Sample] = []
         ids: dict[tuple[str, int], list[bytes]] = defaultdict(list)
         missing: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
         for group_number in dict.fromkeys(samples.groups.tolist()):
@@ -132,17 +143,10 @@ class Loader:
                 if group is None:
                     missing[self.plan.kinds[kind], epoch].append((group_number, row))
                     continue
-                sample = _draw(group, row, epoch, self.plan, self.draws)
-                drawn[(group.bucket.height, group.bucket.width), group.bucket.num_references].append(sample)
+                drawn.append(_draw(group, row, epoch, self.plan, self.draws))
                 ids[self.plan.kinds[kind], epoch].append(group.sample_ids[row])
-        cuts = [cut for bucket in sorted(drawn) for cut in cut_by_budget(drawn[bucket], self.budget)]
-        return Batch(
-            micro_batches=[_micro_batch(cut) for cut in cuts],
-            ids=dict(ids),
-            missing=dict(missing),
-            tokens=sum(sample.tokens for cut in cuts for sample in cut),
-            padded_tokens=sum(len(cut) * max(sample.tokens for sample in cut) for cut in cuts),
-        )
+        packs = first_fit([sample.num_tokens for sample in drawn], budget=self.token_budget)
+        return Batch([_micro_batch([drawn[index] for index in pack], self.model) for pack in packs], dict(ids), dict(missing))
 
     def _coming(self, number: int, last: int) -> list[int]:
         """Row groups that the window after this one needs and nobody has asked for yet: a few, so that reads spread evenly."""
@@ -164,19 +168,31 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One drawn sample; `tokens` are those of its pictures and its prompt."""
+    """One drawn sample; `text_tokens` are those of its prompt."""
 
     group: LatentGroup
     row: int
     t: float
     prompt: str
     noise: np.ndarray
-    tokens: int
+    text_tokens: int
+
+    @property
+    def segments(self) -> Sample:
+        """Text, condition images, target."""
+        bucket = self.group.bucket
+        return (self.text_tokens, *[(bucket.height, bucket.width)] * (bucket.num_references + 1))
+
+    @property
+    def num_tokens(self) -> int:
+        return self.text_tokens + self.group.bucket.image_tokens
 
 
 def _draw(group: LatentGroup, row: int, epoch: int, plan: Plan, draws: Draws) -> _Sample:
     generator = keyed_generator(plan.seed, plan.stage, group.sample_ids[row], epoch)
     t = logit_normal(generator.standard_normal(), *draws.logit_normal)
+    if draws.shift_mu is not None:
+        t = shift_time(t, mu=shift_mu(group.bucket.height * group.bucket.width, draws.shift_mu))
     name = draw_prompt(group, row, draws, generator)
     return _Sample(
         group=group,
@@ -184,7 +200,7 @@ def _draw(group: LatentGroup, row: int, epoch: int, plan: Plan, draws: Draws) ->
         t=t,
         prompt=group.prompts[name][row] if name else "",
         noise=generator.standard_normal(group.latents.shape[1:], dtype=np.float32),
-        tokens=group.bucket.image_tokens + (int(group.prompt_tokens[name][row]) if name else draws.empty_tokens),
+        text_tokens=int(group.prompt_tokens[name][row]) if name else draws.empty_tokens,
     )
 
 
@@ -200,33 +216,41 @@ def draw_prompt(group: LatentGroup, row: int, draws: Draws, generator: np.random
     return names[int(np.searchsorted(edges, choice * edges[-1], side="right"))] if names else None
 
 
-def cut_by_budget(samples: Sequence[_Sample], budget: Budget) -> list[list[_Sample]]:
-    """Samples of one shape, longest prompt first, cut where the next one would exceed the budget or waste too much padding."""
-    cuts: list[list[_Sample]] = []
-    useful = 0
-    for sample in sorted(samples, key=lambda sample: (-sample.tokens, sample.group.sample_ids[sample.row])):
-        if cuts:
-            padded = (len(cuts[-1]) + 1) * cuts[-1][0].tokens
-            within = budget.tokens is None or padded <= budget.tokens
-            if within and useful + sample.tokens >= budget.useful * padded:
-                cuts[-1].append(sample)
-                useful += sample.tokens
-                continue
-        cuts.append([sample])
-        useful = sample.tokens
-    return cuts
+def first_fit(lengths: Sequence[int], *, budget: int | None) -> list[list[int]]:
+    """Indices packed by first-fit decreasing, so that each pack's lengths sum to at most `budget`; longer ones go alone.
+
+    The order of equal lengths is kept, and so is the order within a pack.
+    """
+    if budget is None:
+        return [list(range(len(lengths)))] if lengths else []
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        fits = next((pack for pack, left in enumerate(room) if lengths[index] <= left), None)
+        if fits is None:
+            packs.append([index])
+            room.append(budget - lengths[index])
+        else:
+            packs[fits].append(index)
+            room[fits] -= lengths[index]
+    return [sorted(pack) for pack in packs]
 
 
-def _micro_batch(samples: list[_Sample]) -> MicroBatch:
-    first = samples[0].group.bucket
-    references = np.stack([sample.group.references[sample.row] for sample in samples])
+def _micro_batch(drawn: Sequence[_Sample], model: MMDiTModel) -> MicroBatch:
+    pictures, is_target = [], []
+    for sample in drawn:
+        latents = np.concatenate((sample.group.references[sample.row], sample.group.latents[sample.row, None]))
+        pictures.append(tokens(floats(latents)).flatten(0, 1))
+        is_target += [False] * (len(latents) - 1) * latents[0, 0].size + [True] * latents[0, 0].size
+    samples = [sample.segments for sample in drawn]
     return MicroBatch(
-        latents=tokens(floats(np.stack([sample.group.latents[sample.row] for sample in samples]))),
-        noise=tokens(torch.from_numpy(np.stack([sample.noise for sample in samples]))),
-        references=[tokens(floats(references[:, slot])) for slot in range(references.shape[1])],
-        t=torch.tensor([sample.t for sample in samples], dtype=torch.float32),
-        prompts=[sample.prompt for sample in samples],
-        shape=(first.height, first.width),
+        pictures=torch.cat(pictures),
+        noise=torch.cat([tokens(torch.from_numpy(sample.noise)[None])[0] for sample in drawn]),
+        is_target=torch.tensor(is_target),
+        t=torch.tensor([sample.t for sample in drawn], dtype=torch.float32),
+        prompts=[sample.prompt for sample in drawn],
+        samples=samples,
+        stream=pack(samples, model),
     )
 
 

@@ -1,15 +1,16 @@
 """The multimodal diffusion transformer: text, condition images and the noisy target in one stream (R1 3.2).
 
-Legend: B batch, N tokens of the target, M tokens of a condition image, L text tokens, S all tokens, C latent channels,
-D width. No biases anywhere; RMSNorm on queries and keys, LayerNorm without affine elsewhere; one multiplicative modulation
-for all blocks, h (1 + scale), and tanh gates on the residual branches (public code of Qwen-Image-2.1); SwiGLU.
+Legend: B samples, N target tokens, T text tokens, I picture tokens (conditions and targets), S = T + I, C latent channels,
+D width, H heads of d channels. No biases anywhere; RMSNorm on queries and keys, LayerNorm without affine elsewhere; one
+multiplicative modulation for all blocks, h (1 + scale), and tanh gates on the residual branches (public code of Qwen-Image-2.1);
+SwiGLU.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +18,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model_core.models.rope import image_positions, rotary_table, rotate, text_positions
+from model_core.models.attention import AttentionPlan, attend
+from model_core.models.rope import rotary_table, rotate
+from model_core.models.stream import Stream
 from model_core.recipe import MMDiTModel
+
+KeyValue = tuple[Tensor, Tensor]  # keys and values (S, H, d)
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]
 
 TIME_CHANNELS = 256
 NORM_EPS = 1e-6
@@ -64,72 +70,91 @@ class MMDiT(nn.Module):
 
     def forward(
         self,
-        target: Tensor,
-        t: Tensor,
+        pictures: Tensor,
         text: Tensor,
-        text_mask: Tensor,
-        shape: tuple[int, int],
-        references: Sequence[tuple[Tensor, tuple[int, int]]] = (),
+        t: Tensor,
+        stream: Stream,
+        *,
+        prefix: Sequence[KeyValue] | None = None,
+        attend: Attend = attend,
     ) -> Tensor:
-        """Velocity (B, N, C) of the noisy `target` (B, N, C) at times `t` (B,) in [0, 1].
+        """Velocity (N, C) of the target tokens of a packed stream of B samples.
 
-        `text` (B, L, text_dim) with `text_mask` (B, L), true where there is a token; `shape` (h, w) with h w = N;
-        `references`: condition latents (B, M, C), each with its (h, w). Raises ValueError when sizes do not fit.
+        `pictures` (I, C): condition images clean, targets noisy; `text` (T, text_dim); both in the order of the stream. `t` (B,):
+        times in [0, 1]. With a `prefix` (`read_prefix`), `stream` is that of the targets alone (`pack_targets`).
+        Raises ValueError when the tensors do not fit the stream.
         """
-        for tokens, (height, width) in ((target, shape), *references):
-            if tokens.shape[1] != height * width or tokens.shape[2] != self.latent_channels:
-                found = (tokens.shape[1], tokens.shape[2])
-                raise ValueError(f"tokens and channels {found} do not fit a {height} x {width} grid of {self.latent_channels} channels")
-        images = [reference for reference, _ in references]
-        rotary = self._rotary(text.shape[1], shape, [size for _, size in references], target.device)
-        pictures = self.image_in(torch.cat([*images, target], dim=1))
-        if self.place_in is not None:
-            pictures = pictures + self.place_in(torch.cat(rotary, dim=1)[text.shape[1] :].to(pictures.dtype))
-        stream = torch.cat([self.text_in(text), pictures], dim=1)
-        mask = self._mask(text_mask, [image.shape[1] for image in images], target.shape[1])
-
-        clean = stream.shape[1] - target.shape[1]
-        time = self._time(t, stream.dtype)
-        modulation, final_scale = self.modulation(time)[:, None], self.final_scale(time)[:, None]
+        time = self._time(t)
+        final_scale = self.final_scale(time)
+        rows = stream.sample
         if self.config.condition_at_t0:
-            at_t0 = self.modulation(self._time(torch.zeros_like(t[:1]), stream.dtype))[:, None].expand(len(t), clean, -1)
-            modulation = torch.cat((at_t0, modulation.expand(-1, target.shape[1], -1)), dim=1)
-        for block in self.blocks:
-            stream = block(stream, modulation, rotary, mask)
-        return self.image_out(layer_norm(stream[:, clean:]) * (1 + final_scale))
+            time = torch.cat((time, self._time(torch.zeros_like(t[:1]))))
+            rows = torch.where(stream.is_target, rows, len(t))
+        modulation = self._modulation(time)[rows]
+        x, rotary = self._embed(pictures, text, stream)
+        for index, block in enumerate(self.blocks):
+            if prefix is None:
+                x = block(x, modulation, rotary, stream.plan, attend)
+            else:
+                x = block(x, modulation, rotary, stream.plan, _after(prefix[index], attend))
+        x = x[stream.is_target]
+        velocity: Tensor = self.image_out(layer_norm(x) * (1 + final_scale[stream.sample[stream.is_target]]))
+        return velocity
 
-    def _time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """SiLU of the time embedding (B, D), which all modulation is linear in."""
-        return F.silu(self.time_out(F.silu(self.time_in(timestep_embedding(t).to(dtype)))))
+    def read_prefix(self, conditions: Tensor, text: Tensor, stream: Stream) -> list[KeyValue]:
+        """Keys and values of text and condition images, a block, which the targets' passes at all times share.
 
-    def _rotary(
-        self, length: int, shape: tuple[int, int], references: list[tuple[int, int]], device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """(cos, sin) tables of the stream: text, condition images, target."""
-        parts = [text_positions(length, [shape, *references])]
-        parts += [image_positions(ordinal, *size) for ordinal, size in enumerate(references, start=1)]
-        positions = torch.cat([*parts, image_positions(0, *shape)]).to(device)
-        return rotary_table(positions, axes=self.config.rope_axes, theta=self.config.rope_theta)
-
-    def _mask(self, text_mask: Tensor, reference_lengths: list[int], target_length: int) -> Tensor | None:
-        """Attention mask, true where a query may look at a key: (B, 1, 1 or S, S), or None when nothing is masked.
-
-        Full attention hides padding alone. Block-causal attention also hides later tokens, but for those of one's own image.
+        `stream` is that of `pack_prefix`. Raises ValueError where `reads_prefix_once` is false.
         """
-        images = [*reference_lengths, target_length]
-        if self.config.attention == "full" and bool(text_mask.all()):
-            return None
-        keys = F.pad(text_mask, (0, sum(images)), value=True)[:, None, None]
-        if self.config.attention == "full":
-            return keys
-        block = torch.tensor(
-            [-1] * text_mask.shape[1] + [index for index, count in enumerate(images) for _ in range(count)], device=text_mask.device
-        )
-        same_image = (block[:, None] == block[None]) & (block[:, None] >= 0)
-        causal = torch.ones(len(block), len(block), dtype=torch.bool, device=text_mask.device).tril()
-        # A padded query looks at itself, so that no row of the softmax is empty.
-        own = torch.eye(len(block), dtype=torch.bool, device=text_mask.device)
-        return ((causal | same_image) & keys) | own
+        if not reads_prefix_once(self.config):
+            raise ValueError("a prefix can be read once only with block_causal attention and condition_at_t0")
+        kept: list[KeyValue] = []
+
+        def keep(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+            kept.append((key, value))
+            return attend(query, key, value, plan)
+
+        x, rotary = self._embed(conditions, text, stream)
+        modulation = self._modulation(self._time(text.new_zeros(1)))
+        for block in self.blocks:
+            x = block(x, modulation, rotary, stream.plan, keep)
+        return kept
+
+    def _embed(self, pictures: Tensor, text: Tensor, stream: Stream) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The stream's tokens (S, D) and its rotary table."""
+        if pictures.shape[1] != self.latent_channels or text.shape[1] != self.text_dim:
+            found, expected = (pictures.shape[1], text.shape[1]), (self.latent_channels, self.text_dim)
+            raise ValueError(f"found {found} channels of pictures and text; this model takes {expected}")
+        x = torch.cat((self.text_in(text), self.image_in(pictures)))[stream.order]
+        rotary = rotary_table(stream.positions, axes=self.config.rope_axes, theta=self.config.rope_theta)
+        if self.place_in is not None:
+            is_picture = (stream.order >= len(text))[:, None]
+            x = x + self.place_in(torch.cat(rotary, dim=1).to(x.dtype)) * is_picture
+        return x, rotary
+
+    def _modulation(self, time: Tensor) -> Tensor:
+        """What multiplies normed streams, 1 + scale, and branches, tanh(gate), of attention and then of the MLP: (B, 4 D)."""
+        scale1, gate1, scale2, gate2 = self.modulation(time).chunk(4, dim=-1)
+        return torch.cat((1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()), dim=-1)
+
+    def _time(self, t: Tensor) -> Tensor:
+        """SiLU of the time embedding (B, D), which all modulation is linear in."""
+        embedding = timestep_embedding(t).to(self.time_in.weight.dtype)
+        return F.silu(self.time_out(F.silu(self.time_in(embedding))))
+
+
+def reads_prefix_once(config: MMDiTModel) -> bool:
+    """Whether text and condition images depend neither on the target nor on the time, so that a sampler reads them once (S)."""
+    return config.attention == "block_causal" and config.condition_at_t0
+
+
+def _after(prefix: KeyValue, attend: Attend) -> Attend:
+    """Attention that also looks at the prefix's keys and values, which come first."""
+
+    def attend_both(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+        return attend(query, torch.cat((prefix[0], key)), torch.cat((prefix[1], value)), plan)
+
+    return attend_both
 
 
 class Block(nn.Module):
@@ -146,17 +171,24 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x (B, S, D); modulation (B, 1 or S, 4 D) holds scale and gate of attention, then of the MLP."""
-        scale1, gate1, scale2, gate2 = modulation.chunk(4, dim=-1)
-        x = x + gate1.tanh() * self._attend(layer_norm(x) * (1 + scale1), rotary, mask)
-        gate, value = self.mlp_in(layer_norm(x) * (1 + scale2)).chunk(2, dim=-1)
-        return x + gate2.tanh() * self.mlp_out(F.silu(gate) * value)
+    def forward(self, x: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor], plan: AttentionPlan, attend: Attend) -> Tensor:
+        """x (S, D); modulation (S or 1, 4 D): factors of norm and branch of attention, then of the MLP."""
+        attended = attend(*self.project(x, modulation, rotary), plan)
+        return self.merge(x, attended, modulation)
 
-    def _attend(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key = rotate(self.query_norm(query), *rotary), rotate(self.key_norm(key), *rotary)
-        return self.attention_out(F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).flatten(2))
+    def project(self, x: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each (S, H, d)."""
+        scale, *_ = modulation.chunk(4, dim=-1)
+        query, key, value = self.qkv(layer_norm(x) * scale).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        return rotate(self.query_norm(query), *rotary), rotate(self.key_norm(key), *rotary), value
+
+    def merge(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
+        """The stream after what attention found (S, H, d), and the feed-forward."""
+        _, gate1, scale2, gate2 = modulation.chunk(4, dim=-1)
+        x = x + gate1 * self.attention_out(attended.flatten(1))
+        gate, value = self.mlp_in(layer_norm(x) * scale2).chunk(2, dim=-1)
+        merged: Tensor = x + gate2 * self.mlp_out(F.silu(gate) * value)
+        return merged
 
 
 class TextProjection(nn.Module):
@@ -170,7 +202,7 @@ class TextProjection(nn.Module):
         )
 
     def forward(self, text: Tensor) -> Tensor:
-        """(B, L, text_dim) to (B, L, D)."""
+        """(T, text_dim) to (T, D)."""
         projected: Tensor = self.layers(self.norm(text))
         return projected
 

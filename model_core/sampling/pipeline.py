@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from model_core.data.keys import keyed_generator
 from model_core.models.condition import ConditionEncoder
-from model_core.models.mmdit import MMDiT
+from model_core.models.mmdit import MMDiT, reads_prefix_once
+from model_core.models.stream import Grid, Sample, pack, pack_prefix, pack_targets
 from model_core.models.vae import ResidualVAE
+from model_core.objectives.flow import shift_mu
 from model_core.objectives.guidance import guide
 from model_core.recipe import CompressionRatio, Sampling
 from model_core.sampling.ode import euler
-from model_core.sampling.schedule import shift_mu, shifted_times
+from model_core.sampling.schedule import shifted_times
 
 
 @torch.inference_mode()
@@ -37,16 +39,13 @@ def sample(
     height, width = (side // CompressionRatio for side in size_px)
     if (height * CompressionRatio, width * CompressionRatio) != tuple(size_px):
         raise ValueError(f"size {size_px} is not a multiple of {CompressionRatio}")
-    conditions = [_condition(vae, images) for images in references]
-    text, text_mask = encoder.encode(list(prompts))
-    empty, empty_mask = encoder.encode([""] * len(prompts))
+    branches = [*prompts] if sampling.guidance_scale == 1.0 else [*prompts, *[""] * len(prompts)]
+    denoise = _denoiser(mmdit, encoder, branches, [_condition(vae, images) for images in references], (height, width))
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        times = torch.full((len(prompts),), t)
-        conditional = mmdit(x, times, text, text_mask, (height, width), references=conditions)
         if sampling.guidance_scale == 1.0:
-            return conditional
-        unconditional = mmdit(x, times, empty, empty_mask, (height, width), references=conditions)
+            return denoise(x, t)
+        conditional, unconditional = denoise(torch.cat((x, x)), t).chunk(2)
         return guide(conditional, unconditional, scale=sampling.guidance_scale, rescale_norm=sampling.rescale_norm)
 
     times = shifted_times(sampling.steps, mu=shift_mu(height * width, sampling.shift_mu), final_sigma=sampling.final_sigma)
@@ -56,7 +55,34 @@ def sample(
     return vae.decode(vae.unstandardise(grid)).clamp(-1, 1)
 
 
-def _condition(vae: ResidualVAE, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+def _denoiser(
+    mmdit: MMDiT, encoder: ConditionEncoder, prompts: Sequence[str], conditions: Sequence[tuple[Tensor, Grid]], shape: Grid
+) -> Callable[[Tensor, float], Tensor]:
+    """(x (B, N, C), t) to velocities for B prompts that share the condition images: those are (P, M, C) for P pictures, B a multiple.
+
+    Text and condition images are read once where the model allows it.
+    """
+    text, mask = encoder.encode(prompts)
+    samples: list[Sample] = [(length, *(grid for _, grid in conditions), shape) for length in mask.sum(1).tolist()]
+    clean = [latents.repeat(len(prompts) // len(latents), 1, 1) for latents, _ in conditions]
+    once = reads_prefix_once(mmdit.config)
+    if once:
+        read = torch.cat(clean, dim=1).flatten(0, 1) if clean else text.new_zeros(0, mmdit.latent_channels)
+        prefix = mmdit.read_prefix(read, text[mask], pack_prefix(samples, mmdit.config))
+    stream = pack_targets(samples, mmdit.config) if once else pack(samples, mmdit.config)
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        times = x.new_full((len(x),), t)
+        if once:
+            velocity = mmdit(x.flatten(0, 1), x.new_zeros(0, mmdit.text_dim), times, stream, prefix=prefix)
+        else:
+            velocity = mmdit(torch.cat([*clean, x], dim=1).flatten(0, 1), text[mask], times, stream)
+        return velocity.unflatten(0, x.shape[:2])
+
+    return denoise
+
+
+def _condition(vae: ResidualVAE, images: Tensor) -> tuple[Tensor, Grid]:
     """A condition image as tokens, and its shape in tokens."""
     latents = vae.standardise(vae.encode(images))
     return latents.flatten(2).transpose(1, 2), (latents.shape[2], latents.shape[3])

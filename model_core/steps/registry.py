@@ -80,7 +80,7 @@ STEPS: dict[str, StepSpec] = {
                 "mmdit.caption_weights",
                 "mmdit.window_row_groups",
                 "mmdit.micro_batch_tokens",
-                "mmdit.useful_token_share",
+                "mmdit.shift_mu",
                 "mmdit.log_every_steps",
                 *(STAGE + field for field in ("kinds", "edit_share", "text_image_share", "steps", "batch_size", "lr", "warmup_steps")),
             ),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from model_core.context import StepContext
 from model_core.data.index import Index
 from model_core.data.latents import HELD_OUT, LatentGroup, Origin, latent_group, latent_rows, open_latents
-from model_core.data.loader import Budget, Draws, Loader, MicroBatch
+from model_core.data.loader import Draws, Loader, MicroBatch
 from model_core.data.plan import Plan, make_plan
 from model_core.data.row_groups import RowGroups
 from model_core.models.condition import ConditionEncoder, load_encoder
@@ -49,12 +49,11 @@ def run(context: StepContext) -> dict[str, Any]:
         recipe.logit_normal,
         recipe.uncond_dropout,
         {str(name): weight for name, weight in recipe.caption_weights.items()},
+        recipe.shift_mu,
         encoder.num_tokens(""),
     )
-    budget = Budget(recipe.micro_batch_tokens, recipe.useful_token_share)
-    loader = Loader(groups, plan, draws, budget, ranks, workers=context.loader_workers)
-
     model = _initial_model(context, latent_channels=channels, text_dim=encoder.dim)
+    loader = Loader(groups, plan, draws, model.config, recipe.micro_batch_tokens, ranks, workers=context.loader_workers)
     ema = ema_of(model)
     optimizer = Optimizer(
         model,
@@ -76,7 +75,8 @@ def run(context: StepContext) -> dict[str, Any]:
     began = time.monotonic()
     with noting_sigterm() as stop:
         for step, batch in enumerate(loader.stream(first, stage.steps), first):
-            loss = sum_over_ranks(backward(model, encoder, batch.micro_batches, batch_size=stage.batch_size), ranks)
+            num_elements = int(sum_over_ranks(torch.tensor(batch.num_elements), ranks))
+            loss = sum_over_ranks(backward(model, encoder, batch.micro_batches, num_elements=num_elements), ranks)
             sum_gradients(model.parameters(), ranks)
             norm = optimizer.step(step)
             update_ema(ema, model, step=step, decay=recipe.ema_decay)
@@ -162,14 +162,16 @@ def resume(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], ledger: 
     return found.step
 
 
-def backward(model: nn.Module, encoder: ConditionEncoder, batch: Sequence[MicroBatch], *, batch_size: int) -> Tensor:
-    """Adds the gradients of the batch's mean flow-matching loss; returns that loss, detached."""
+def backward(model: nn.Module, encoder: ConditionEncoder, batch: Sequence[MicroBatch], *, num_elements: int) -> Tensor:
+    """Adds the gradients of these passes' share of the mean flow-matching loss over `num_elements`; returns it, detached."""
     total = torch.zeros(())
     for micro in batch:
         text, mask = encoder.encode(micro.prompts)
-        noisy = interpolate(micro.latents, micro.noise, micro.t)
-        velocity = model(noisy, micro.t, text, mask, micro.shape, references=[(reference, micro.shape) for reference in micro.references])
-        loss = flow_loss(velocity, velocity_target(micro.latents, micro.noise)).sum() / batch_size
+        x0 = micro.pictures[micro.is_target]
+        t = micro.t[micro.stream.sample[micro.stream.is_target]]
+        noisy = micro.pictures.masked_scatter(micro.is_target[:, None], interpolate(x0, micro.noise, t))
+        velocity = model(noisy, text[mask], micro.t, micro.stream)
+        loss = flow_loss(velocity, velocity_target(x0, micro.noise), num_elements=num_elements)
         loss.backward()
         total += loss.detach()
     return total

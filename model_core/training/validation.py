@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import nn
 
 from model_core.data.keys import keyed_generator
 from model_core.data.latents import LatentGroup, floats
@@ -18,6 +17,8 @@ from model_core.data.loader import tokens
 from model_core.data.plan import Rows
 from model_core.data.row_groups import RowGroups
 from model_core.models.condition import ConditionEncoder
+from model_core.models.mmdit import MMDiT
+from model_core.models.stream import Sample, pack
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
 
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
@@ -26,7 +27,7 @@ MAX_SAMPLES = 128  # a kind
 
 @torch.inference_mode()
 def validation_loss(
-    model: nn.Module, encoder: ConditionEncoder, groups: RowGroups[LatentGroup], rows: dict[str, Rows], *, seed: int
+    model: MMDiT, encoder: ConditionEncoder, groups: RowGroups[LatentGroup], rows: dict[str, Rows], *, seed: int
 ) -> dict[str, float]:
     """Loss a kind on the held-out rows, of kinds that have at least one row for each time."""
     result = {}
@@ -37,12 +38,15 @@ def validation_loss(
         for index, (group, row) in enumerate(_first(groups, members)):
             time = TIMES[index % len(TIMES)]
             noise = keyed_generator(seed, "validation", group.sample_ids[row]).standard_normal(group.latents.shape[1:], dtype=np.float32)
-            latents, noise_tokens = tokens(floats(group.latents[row][None])), tokens(torch.from_numpy(noise[None]))
-            t, shape = torch.tensor([time]), (group.bucket.height, group.bucket.width)
+            pictures = tokens(floats(np.concatenate((group.references[row], group.latents[row, None])))).flatten(0, 1)
+            noise_tokens = tokens(torch.from_numpy(noise[None]))[0]
+            latents = pictures[-len(noise_tokens) :].clone()
+            pictures[-len(noise_tokens) :] = interpolate(latents, noise_tokens, torch.full((len(noise_tokens),), time))
             text, mask = encoder.encode([group.prompts["instruction"][row] or group.prompts["general"][row]])
-            references = [(tokens(floats(reference[None])), shape) for reference in group.references[row]]
-            velocity = model(interpolate(latents, noise_tokens, t), t, text, mask, shape, references=references)
-            losses[time].append(float(flow_loss(velocity, velocity_target(latents, noise_tokens))))
+            grid = (group.bucket.height, group.bucket.width)
+            sample: Sample = (int(mask.sum()), *[grid] * (group.bucket.num_references + 1))
+            velocity = model(pictures, text[mask], torch.tensor([time]), pack([sample], model.config))
+            losses[time].append(float(flow_loss(velocity, velocity_target(latents, noise_tokens), num_elements=latents.numel())))
         result[kind] = float(np.mean([np.mean(values) for values in losses.values()]))
     return result
 

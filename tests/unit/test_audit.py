@@ -20,7 +20,7 @@ from model_core.training.distributed import Ranks
 from model_core.training.ledger import FILE_NAME, Ledger, ledger_document
 from model_core.workspace import Address, StepResult, Workspace
 from pipelines.documents import find_recipe
-from tests.latent_sets import write_latents
+from tests.latent_sets import MODEL, write_latents
 
 
 def commit(site: Site, address: Address, inputs: dict[str, Manifest], write) -> Manifest:
@@ -41,7 +41,7 @@ def trained_ledger(root: Path, *, lose: bool) -> dict:
     plan = make_plan(digest=index.digest, seed=0, stage="S1", rows=rows, shares=shares, batch_size=4, window=2)
     groups = RowGroups(folder, index, latent_group, capacity=16, say=print)
     ledger = Ledger()
-    for number, batch in enumerate(Loader(groups, plan, Draws((0.0, 1.0), 0.1, {"general": 1.0})).stream(0, 7)):
+    for number, batch in enumerate(Loader(groups, plan, Draws((0.0, 1.0), 0.1, {"general": 1.0}), MODEL).stream(0, 7)):
         ids = {key: members[1:] if lose and number == 5 else members for key, members in batch.ids.items()}
         ledger.add(ids)
     ledger.join(Ranks())

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from model_core.objectives.flow import flow_loss, interpolate, logit_normal, velocity_target
+from model_core.objectives.flow import flow_loss, interpolate, logit_normal, shift_mu, shift_time, velocity_target
 from model_core.objectives.guidance import guide
 from model_core.sampling.ode import euler
-from model_core.sampling.schedule import shift_mu, shifted_times
+from model_core.sampling.schedule import shifted_times
 
 
 def test_the_path_runs_from_data_to_noise_with_the_target_as_its_derivative():
     x0, noise = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
-    assert torch.equal(interpolate(x0, noise, torch.zeros(2)), x0)
-    assert torch.equal(interpolate(x0, noise, torch.ones(2)), noise)
-    step = (interpolate(x0, noise, torch.full((2,), 0.5 + 1e-6)) - interpolate(x0, noise, torch.full((2,), 0.5))) / 1e-6
+    assert torch.equal(interpolate(x0, noise, torch.zeros(2, 3)), x0)
+    assert torch.equal(interpolate(x0, noise, torch.ones(2, 3)), noise)
+    step = (interpolate(x0, noise, torch.full((2, 3), 0.5 + 1e-6)) - interpolate(x0, noise, torch.full((2, 3), 0.5))) / 1e-6
     assert torch.allclose(step, velocity_target(x0, noise), atol=0.1)
 
 
@@ -27,9 +27,17 @@ def test_logit_normal_times_have_the_median_and_quartiles_of_the_closed_form():
         assert np.quantile(times, quantile) == pytest.approx(1 / (1 + math.exp(-(0.5 + 1.5 * normal))), abs=3e-3)
 
 
-def test_the_loss_is_the_mean_square_of_each_sample():
-    target = torch.zeros(2, 3, 4)
-    assert flow_loss(torch.stack((torch.full((3, 4), 2.0), torch.zeros(3, 4))), target).tolist() == [4.0, 0.0]
+def test_parts_of_the_loss_add_up_to_the_mean_square_of_all_values():
+    velocity, target = torch.randn(12, 4), torch.randn(12, 4)
+    parts = [flow_loss(velocity[part], target[part], num_elements=48) for part in (slice(0, 5), slice(5, 6), slice(6, 12))]
+    assert sum(parts).item() == pytest.approx((velocity - target).square().mean().item(), rel=1e-6)
+
+
+def test_shifted_times_are_those_of_the_closed_form():
+    assert shift_time(0.5, mu=0.0) == pytest.approx(0.5)
+    assert shift_time(0.5, mu=math.log(3.0)) == pytest.approx(0.75)  # odds of t times e^mu
+    assert shift_mu(256, (0.5, 0.9)) == pytest.approx(0.5)
+    assert shift_mu(8192, (0.5, 0.9)) == pytest.approx(0.9)
 
 
 def test_guidance_is_linear_and_a_scale_of_one_is_the_conditional_velocity():

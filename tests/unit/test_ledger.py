@@ -11,7 +11,7 @@ from model_core.data.plan import make_plan
 from model_core.data.row_groups import RowGroups
 from model_core.training.distributed import Ranks
 from model_core.training.ledger import Ledger, Tally, check_ledger, tally
-from tests.latent_sets import sample_id, write_latents
+from tests.latent_sets import MODEL, sample_id, write_latents
 
 IDS = [sample_id("image", number) for number in range(20)]
 
@@ -30,7 +30,7 @@ def made(tmp_path_factory):
         batch_size=4,
         window=2,
     )
-    return Loader(groups, plan, Draws((0.0, 1.0), 0.1, {"general": 1.0}))
+    return Loader(groups, plan, Draws((0.0, 1.0), 0.1, {"general": 1.0}), MODEL)
 
 
 def filled(loader: Loader, num_steps: int) -> Ledger:

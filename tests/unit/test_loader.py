@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_core.data.folders import LocalFolder
-from model_core.data.latents import latent_group, latent_rows
-from model_core.data.loader import Batch, Budget, Draws, Loader, tokens
+from model_core.data.latents import floats, latent_group, latent_rows
+from model_core.data.loader import Batch, Draws, Loader, MicroBatch, first_fit, tokens
 from model_core.data.plan import make_plan
 from model_core.data.row_groups import RowGroups
+from model_core.models.stream import num_tokens
 from model_core.training.distributed import Ranks
 from model_core.training.ledger import Ledger, check_ledger
-from tests.latent_sets import sample_id, write_latents
+from tests.latent_sets import MODEL, sample_id, write_latents
 
 DRAWS = Draws((0.0, 1.0), 0.1, {"general": 0.5, "text": 0.5, "knowledge": 0.0, "structured": 0.0})
 SIZES = {"image": 23, "edit": 11}
@@ -34,7 +35,7 @@ def pictures(tmp_path_factory):
     return LocalFolder(root), write_latents(root, {"image": 40}, rows_a_group=16)
 
 
-def loader(made, *, batch_size=6, draws=DRAWS, ranks=Ranks(), workers=0, budget=Budget(), kinds=("image", "edit"), seed=3) -> Loader:  # noqa: B008
+def loader(made, *, batch_size=6, draws=DRAWS, ranks=Ranks(), workers=0, budget=None, kinds=("image", "edit"), seed=3) -> Loader:  # noqa: B008
     folder, index = made
     groups = RowGroups(folder, index, latent_group, capacity=16, say=lambda line: pytest.fail(line))
     plan = make_plan(
@@ -46,15 +47,22 @@ def loader(made, *, batch_size=6, draws=DRAWS, ranks=Ranks(), workers=0, budget=
         batch_size=batch_size,
         window=2,
     )
-    return Loader(groups, plan, draws, budget, ranks, workers)
+    return Loader(groups, plan, draws, MODEL, budget, ranks, workers)
+
+
+def noise_and_pictures(micro: MicroBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The target noise and all picture tokens of each sample of a pass."""
+    pictures = [sum(num_tokens(segment) for segment in sample[1:]) for sample in micro.samples]
+    noise = [num_tokens(sample[-1]) for sample in micro.samples]
+    return list(zip(micro.noise.split(noise), micro.pictures.split(pictures), strict=True))
 
 
 def drawn(batch: Batch) -> list[tuple[float, str, float, float]]:
-    """What each sample of a batch meets: time, prompt, noise, latent."""
+    """What each sample of a batch meets: time, prompt, noise, latents."""
     return [
-        (t.item(), prompt, noise.double().sum().item(), latent.double().sum().item())
+        (t.item(), prompt, noise.double().sum().item(), pictures.double().sum().item())
         for micro in batch.micro_batches
-        for t, prompt, noise, latent in zip(micro.t, micro.prompts, micro.noise, micro.latents, strict=True)
+        for t, prompt, (noise, pictures) in zip(micro.t, micro.prompts, noise_and_pictures(micro), strict=True)
     ]
 
 
@@ -67,16 +75,39 @@ def test_tokens_are_the_places_of_a_latent_row_by_row():
     assert torch.equal(tokens(latents)[1, 4], latents[1, :, 1, 1])
 
 
-def test_a_batch_holds_its_samples_split_by_shape_and_never_a_held_out_one(small):
+def test_a_batch_holds_its_samples_in_one_stream_and_never_a_held_out_one(small):
     allowed = {sample_id(kind, number) for kind, size in SIZES.items() for number in range(size - 3)}
+    shapes = set()
     for number in range(12):
         batch = loader(small).batch(number)
-        assert sum(len(micro) for micro in batch.micro_batches) == 6
+        (micro,) = batch.micro_batches
+        assert len(micro) == 6
         assert {sample for members in batch.ids.values() for sample in members} <= allowed
-        for micro in batch.micro_batches:
-            assert micro.latents.shape[1:] == (micro.shape[0] * micro.shape[1], 4)
-            assert all(reference.shape == micro.latents.shape for reference in micro.references)
-            assert all((len(micro.references) == 1) == prompt.startswith("change") for prompt in micro.prompts if prompt)
+        assert len(micro.stream) == batch.num_tokens == sum(num_tokens(segment) for sample in micro.samples for segment in sample)
+        assert micro.is_target.sum() == len(micro.noise) == batch.num_elements / 4
+        assert all(
+            (len(sample) == 3) == prompt.startswith("change") for sample, prompt in zip(micro.samples, micro.prompts, strict=True) if prompt
+        )
+        shapes |= {sample[-1] for sample in micro.samples}
+    assert shapes == {(2, 3), (3, 2)}
+
+
+def test_pictures_lie_in_the_stream_references_first(small):
+    it = loader(small, kinds=("edit",))
+    latents = {}
+    for number in range(len(small[1])):
+        group = it.groups.get(number)
+        stacked = np.concatenate((group.references, group.latents[:, None]), axis=1)
+        latents |= dict(zip(group.sample_ids, stacked, strict=True))
+    for number in range(12):
+        batch = it.batch(number)
+        (micro,) = batch.micro_batches
+        ids = [identity for members in batch.ids.values() for identity in members]
+        # Samples of one epoch keep their order; where a batch spans two, their sets are compared.
+        expected = [tokens(floats(latents[identity])).flatten(0, 1).double().sum().item() for identity in ids]
+        assert sorted(pictures.double().sum().item() for _, pictures in noise_and_pictures(micro)) == pytest.approx(sorted(expected))
+        for _, pictures in noise_and_pictures(micro):
+            assert any(torch.equal(pictures, tokens(floats(latents[identity])).flatten(0, 1)) for identity in ids)
 
 
 def test_draws_do_not_depend_on_the_batch_size_or_on_what_came_before(small):
@@ -147,14 +178,22 @@ def test_times_follow_the_logit_normal_distribution(pictures):
     assert times.quantile(0.25).item() == pytest.approx(0.3375, abs=0.03)
 
 
-def test_micro_batches_keep_the_token_budget_and_the_share_of_useful_tokens(pictures):
-    it = loader(pictures, batch_size=32, kinds=("image",), budget=Budget(tokens=60, useful=0.95))
+def test_micro_batches_keep_the_token_budget(pictures):
+    it = loader(pictures, batch_size=32, kinds=("image",), budget=60)
     for number in range(10):
         batch = it.batch(number)
-        assert batch.tokens >= 0.95 * batch.padded_tokens
         assert sum(len(micro) for micro in batch.micro_batches) == 32
-        assert all(len(micro) * 6 <= 60 for micro in batch.micro_batches)
+        assert all(len(micro.stream) <= 60 for micro in batch.micro_batches)
     assert len(loader(pictures, batch_size=32, kinds=("image",)).batch(0).micro_batches) == 1
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))
+def test_first_fit_packs_each_once_within_the_budget_and_leaves_no_two_packs_that_would_fit_in_one(lengths, budget):
+    packs = first_fit(lengths, budget=budget)
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    sums = [sum(lengths[index] for index in pack) for pack in packs]
+    assert all(total <= budget or len(pack) == 1 for total, pack in zip(sums, packs, strict=True))
+    assert sum(sorted(sums)[:2]) > budget or len(packs) < 2
 
 
 def test_a_row_group_is_read_once_an_epoch(pictures):
@@ -175,7 +214,7 @@ def test_an_error_in_a_worker_reaches_the_training_loop(small, monkeypatch):
     def broken(self: Loader, number: int) -> Batch:
         if number == 2:
             raise RuntimeError("worker of batch 2")
-        return Batch([], {}, {}, 0, 0)
+        return Batch([], {}, {})
 
     monkeypatch.setattr(Loader, "batch", broken)
     with pytest.raises(RuntimeError, match="batch 2"):

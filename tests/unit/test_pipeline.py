@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model_core.models.mmdit import MMDiT
+from model_core.models.stream import Stream
 from model_core.models.vae import ResidualVAE
 from model_core.recipe import MMDiTModel, Sampling, VAEModel
 from model_core.sampling.pipeline import sample
@@ -32,15 +33,15 @@ class Letters:
 class Straight(nn.Module):
     """A perfect model of one picture: its velocity leads from anywhere to the tokens `x0`."""
 
-    latent_channels = CHANNELS
+    latent_channels, config = CHANNELS, MMDiTModel(num_layers=1, num_heads=1, head_dim=8, rope_axes=(2, 4, 2))
 
     def __init__(self, x0: Tensor) -> None:
         super().__init__()
-        self.x0, self.calls = x0, 0
+        self.x0, self.num_samples = x0, 0
 
-    def forward(self, target: Tensor, t: Tensor, *_: Any, references: Sequence[Any] = ()) -> Tensor:
-        self.calls += 1
-        return (target - self.x0) / t[:, None, None]
+    def forward(self, pictures: Tensor, text: Tensor, t: Tensor, stream: Stream) -> Tensor:
+        self.num_samples += len(t)
+        return (pictures.unflatten(0, (len(t), -1)) - self.x0).flatten(0, 1) / t.repeat_interleave(self.x0.shape[1])[:, None]
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,10 @@ def test_a_model_that_knows_its_picture_draws_it_in_the_scale_of_the_autoencoder
 
 
 def test_guidance_asks_twice_a_step_and_a_scale_of_one_once(vae):
-    for scale, calls in ((1.0, 5), (3.0, 10)):
+    for scale, num_samples in ((1.0, 5), (3.0, 10)):
         model = Straight(torch.zeros(1, 6, CHANNELS))
         draw(model, vae, ["x"], [0], sampling=Sampling(steps=5, guidance_scale=scale))
-        assert model.calls == calls
+        assert model.num_samples == num_samples
 
 
 def test_the_same_seed_draws_the_same_bits_and_another_seed_another_picture(mmdit, vae):
@@ -106,6 +107,26 @@ def test_prompt_guidance_and_condition_images_all_change_the_picture(mmdit, vae)
         draw(mmdit, vae, ["red"], [1], references=[images, images + 0.5]),
     ):
         assert (other - plain).abs().max() > 1e-3
+
+
+def test_a_prefix_that_is_read_once_draws_the_same_pictures(vae, monkeypatch):
+    config = MMDiTModel(num_layers=2, num_heads=2, head_dim=16, rope_axes=(4, 6, 6), attention="block_causal", condition_at_t0=True)
+    torch.manual_seed(0)
+    model = MMDiT(config, latent_channels=CHANNELS, text_dim=TEXT_DIM).eval()
+    nn.init.normal_(model.image_out.weight, std=0.2)
+    images = torch.linspace(-1, 1, 2 * 3 * 16 * 32).reshape(2, 3, 16, 32)
+
+    def pictures() -> Tensor:
+        return draw(model, vae, ["red", "a longer prompt"], [1, 2], references=[images, images.flip(2)])
+
+    once = pictures()
+    passes = []
+    model.register_forward_pre_hook(lambda _module, arguments: passes.append(arguments))
+    pictures()
+    assert all(len(text) == 0 for _, text, *_ in passes)
+    # Conditions modulated at the sampled time differ, so the whole pass is asked with the prefix's shortcut taken away.
+    monkeypatch.setattr("model_core.sampling.pipeline.reads_prefix_once", lambda config: False)
+    assert torch.allclose(pictures(), once, atol=1e-4)
 
 
 def test_the_order_of_two_condition_images_matters(mmdit, vae):

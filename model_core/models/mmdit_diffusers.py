@@ -1,0 +1,98 @@
+"""The transformer's weights in the layout of diffusers' `QwenImage21Transformer2DModel`, and back. Nothing of diffusers is imported.
+
+Theirs keeps query, key and value apart, as well as the halves of SwiGLU, and stores the text norm's scale minus one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model_core.documents import UserError
+from model_core.models.mmdit import MMDiT
+from model_core.recipe import MMDiTModel
+
+CLASS_NAME = "QwenImage21Transformer2DModel"
+NORM = "txt_in.text_norm.weight"
+ROPE_THETA = 10_000.0  # fixed there
+NAMES = {
+    "image_in.weight": "img_in.weight",
+    "text_in.layers.0.weight": "txt_in.in_layer.weight",
+    "text_in.layers.2.weight": "txt_in.out_layer.weight",
+    "time_in.weight": "time_text_embed.timestep_embedder.linear_1.weight",
+    "time_out.weight": "time_text_embed.timestep_embedder.linear_2.weight",
+    "modulation.weight": "modulation.1.weight",
+    "final_scale.weight": "norm_out.linear.weight",
+    "image_out.weight": "proj_out.weight",
+}
+BLOCK_NAMES = {
+    "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "query_norm": ("attn.norm_q",),
+    "key_norm": ("attn.norm_k",),
+    "attention_out": ("attn.to_out.0",),
+    "mlp_in": ("img_mlp.gate_layer", "img_mlp.proj"),
+    "mlp_out": ("img_mlp.out",),
+}
+
+
+def to_diffusers(model: MMDiT) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, weights) there. Raises UserError for a model that cannot be told in that layout."""
+    config = model.config
+    for name, found, allowed in (
+        ("attention", config.attention, "block_causal"),
+        ("rope_positions", config.rope_positions, "running"),
+        ("rope_theta", config.rope_theta, ROPE_THETA),
+        ("place_input", config.place_input, False),
+        ("mlp_ratio", config.mlp_ratio, round(config.mlp_ratio)),
+    ):
+        if found != allowed:
+            raise UserError(f"mmdit.model.{name}: found {found}; {CLASS_NAME} has {allowed} alone")
+    state = {theirs: model.state_dict()[ours] for ours, theirs in NAMES.items()}
+    state[NORM] = model.text_in.norm.weight.detach() - 1
+    for layer, block in enumerate(model.blocks):
+        weights = block.state_dict()
+        for ours, parts in BLOCK_NAMES.items():
+            for part, weight in zip(parts, weights[f"{ours}.weight"].chunk(len(parts)), strict=True):
+                state[f"transformer_blocks.{layer}.{part}.weight"] = weight
+    return {
+        "patch_size": 1,
+        "in_channels": model.latent_channels,
+        "out_channels": model.latent_channels,
+        "num_layers": config.num_layers,
+        "attention_head_dim": config.head_dim,
+        "num_attention_heads": config.num_heads,
+        "context_in_dim": model.text_dim,
+        "mlp_ratio": round(config.mlp_ratio),
+        "axes_dims_rope": list(config.rope_axes),
+        "eps": 1e-6,
+        "causal_condition": config.condition_at_t0,
+    }, {name: value.contiguous() for name, value in state.items()}
+
+
+def from_diffusers(config: dict[str, Any], state: dict[str, Tensor]) -> MMDiT:
+    """The same model here. Raises UserError for a configuration that this project has no transformer for."""
+    channels = config["in_channels"]
+    for name, allowed in (("patch_size", 1), ("out_channels", channels), ("eps", 1e-6)):
+        if config.get(name, allowed) not in (allowed, None):
+            raise UserError(f"{CLASS_NAME}: found {name} {config[name]}; allowed is {allowed}")
+    settings = MMDiTModel(
+        num_layers=config["num_layers"],
+        num_heads=config["num_attention_heads"],
+        head_dim=config["attention_head_dim"],
+        rope_axes=tuple(config["axes_dims_rope"]),
+        rope_theta=ROPE_THETA,
+        rope_positions="running",
+        mlp_ratio=config["mlp_ratio"],
+        attention="block_causal",
+        condition_at_t0=config["causal_condition"],
+    )
+    weights = {ours: state[theirs] for ours, theirs in NAMES.items()} | {"text_in.norm.weight": state[NORM] + 1}
+    for layer in range(settings.num_layers):
+        for ours, parts in BLOCK_NAMES.items():
+            weights[f"blocks.{layer}.{ours}.weight"] = torch.cat([state[f"transformer_blocks.{layer}.{part}.weight"] for part in parts])
+    with torch.device("meta"):
+        model = MMDiT(settings, latent_channels=channels, text_dim=config["context_in_dim"])
+    model.load_state_dict(weights, assign=True)
+    return model
