@@ -24,6 +24,7 @@ from model_core.steps.registry import STEPS, StepSpec, step_spec
 from model_core.storage import StorageError, open_storage
 from model_core.task import do_task, follow_task, make_task
 from model_core.training.distributed import die_with_launcher, join_ranks
+from model_core.training.guard import TrainingDiverged
 from model_core.training.stopping import Stopped
 from model_core.workspace import check_inputs
 
@@ -63,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (StorageError, Stopped) as error:
         print(f"{options.step}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return INFRASTRUCTURE
+    except TrainingDiverged as error:
+        print(f"{options.step}: {error}", file=sys.stderr, flush=True)
+        return FAILED
     except Exception:  # noqa: BLE001 - whatever a step raises is told and becomes an exit code
         traceback.print_exc()
         return FAILED

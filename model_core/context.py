@@ -46,3 +46,8 @@ class StepContext:
         """Progress, shown once however many ranks there are."""
         if self.ranks.is_first:
             self.progress.update(done, total, message)
+
+    def say(self, line: str) -> None:
+        """One line, said once however many ranks there are."""
+        if self.ranks.is_first:
+            self.progress.say(line)

@@ -241,6 +241,16 @@ class Stage(Section):
         return self
 
 
+class Guard(Section):
+    """What a training loop does about losses that are not finite or that spike (ours); docs/reference/training.md tells it in full."""
+
+    window: Annotated[int, Field(ge=4)] = 64  # good steps that a loss is compared with
+    spike_deviations: PositiveFloat = 8.0  # robust standard deviations above the median that make a spike
+    spike_floor: PositiveFloat = 0.5  # and at least this share of the median above it
+    patience: Count = 4  # bad steps in a row before the weights go back to a checkpoint
+    max_rollbacks: NonNegative = 2  # returns to a checkpoint before the training stops
+
+
 class MMDiT(Section):
     """train_mmdit: model, objective and the stages."""
 
@@ -252,6 +262,8 @@ class MMDiT(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.001  # R1 Table 2
     betas: tuple[Share, Share] = (0.9, 0.95)  # ours
     grad_clip: PositiveFloat = 1.0  # R1 Table 2
+    guard: Guard = Guard()
+    precision: Literal["fp32", "bf16"] = "fp32"  # of passes; weights, moments and sums stay fp32. bf16 needs a GPU
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999  # ours
     caption_weights: dict[CaptionType, Annotated[float, Field(ge=0.0)]] = Field(
         {"general": 0.7, "text": 0.1, "knowledge": 0.1, "structured": 0.1}

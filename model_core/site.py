@@ -40,7 +40,17 @@ class LaunchProfile(Section):
     scheduler: Literal["local_cwd"] = "local_cwd"
     processes: Annotated[int, Field(ge=1)] = 1  # ranks, started by torchrun; only training steps take more than one
     threads: Annotated[int, Field(ge=1)] | None = None  # CPU threads a process; None shares out the cores at hand
+    shard: Literal["none", "fsdp", "hsdp"] = "none"  # of train_mmdit: weights whole on each rank, over all ranks, or within a machine
+    context_parallel: Annotated[int, Field(ge=1)] = 1  # of train_mmdit: ranks that share each stream's tokens
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # of train_mmdit: what is computed again to save memory
+    compile: bool = False  # of train_mmdit: blocks through torch.compile
     loader_workers: Annotated[int, Field(ge=0)] = 1  # threads a process that make batches ahead; 0 makes each when it is needed
+
+    @model_validator(mode="after")
+    def _context_divides(self) -> LaunchProfile:
+        if self.processes % self.context_parallel:
+            raise ValueError(f"context_parallel: found {self.context_parallel}; allowed are divisors of the {self.processes} processes")
+        return self
 
 
 class Launch(Section):

@@ -11,7 +11,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ class MicroBatch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on another device."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in ("pictures", "noise", "is_target", "t")}
+        return replace(self, **moved, stream=self.stream.to(device))
 
 
 @dataclass(frozen=True)

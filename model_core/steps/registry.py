@@ -76,6 +76,8 @@ STEPS: dict[str, StepSpec] = {
                 "mmdit.weight_decay",
                 "mmdit.betas",
                 "mmdit.grad_clip",
+                "mmdit.guard",
+                "mmdit.precision",
                 "mmdit.ema_decay",
                 "mmdit.caption_weights",
                 "mmdit.window_row_groups",

@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from model_core.context import StepContext
 from model_core.data.index import Index
 from model_core.data.latents import HELD_OUT, LatentGroup, Origin, latent_group, latent_rows, open_latents
-from model_core.data.loader import Draws, Loader, MicroBatch
+from model_core.data.loader import Draws, Loader
 from model_core.data.plan import Plan, make_plan
 from model_core.data.row_groups import RowGroups
+from model_core.documents import UserError
 from model_core.models.condition import ConditionEncoder, load_encoder
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
-from model_core.objectives.flow import flow_loss, interpolate, velocity_target
 from model_core.training.checkpoint import CheckpointStore, Stateful
 from model_core.training.curves import Curves
-from model_core.training.distributed import sum_gradients, sum_over_ranks
+from model_core.training.distributed import training_device, whole
 from model_core.training.ema import ema_of, update_ema
+from model_core.training.guard import StepGuard, TrainingDiverged
 from model_core.training.ledger import FILE_NAME as LEDGER
 from model_core.training.ledger import Ledger, LedgerError, check_ledger, ledger_document, plan_document
 from model_core.training.optim import Optimizer
+from model_core.training.parallel import check_layout, lay_out, prepare, shard
+from model_core.training.passes import Passes
 from model_core.training.stopping import Stopped, noting_sigterm
 from model_core.training.validation import validation_loss
 
@@ -40,8 +42,11 @@ def run(context: StepContext) -> dict[str, Any]:
     """Trains the stage to its end; returns losses, counts and times. Of several ranks the first alone publishes."""
     assert context.stage is not None
     recipe, stage, ranks = context.recipe.mmdit, context.recipe.mmdit.stages[context.stage], context.ranks
-    torch.use_deterministic_algorithms(True)
-    encoder = load_encoder(context.inputs["encoder"].folder("encoder"))
+    device = training_device(ranks)
+    if recipe.precision == "bf16" and device.type == "cpu":
+        raise UserError("mmdit.precision: found bf16 on a machine without a GPU, where it is hundreds of times slower; allowed is fp32")
+    torch.use_deterministic_algorithms(device.type == "cpu")  # kernels of GPUs that are not are several times as fast
+    encoder = load_encoder(context.inputs["encoder"].folder("encoder")).to(device)
     index, origin, channels = open_latents(context.inputs["latents"], origin=expected_origin(context))
     groups = open_groups(context, index)
     plan = stage_plan(context, index)
@@ -52,9 +57,15 @@ def run(context: StepContext) -> dict[str, Any]:
         recipe.shift_mu,
         encoder.num_tokens(""),
     )
-    model = _initial_model(context, latent_channels=channels, text_dim=encoder.dim)
-    loader = Loader(groups, plan, draws, model.config, recipe.micro_batch_tokens, ranks, workers=context.loader_workers)
+    profile = context.site.launch.profile("train_mmdit")
+    layout = lay_out(ranks, context_parallel=profile.context_parallel)
+    model = _initial_model(context, latent_channels=channels, text_dim=encoder.dim).to(device)
+    check_layout(model, profile)
+    loader = Loader(groups, plan, draws, model.config, recipe.micro_batch_tokens, layout.data, workers=context.loader_workers)
     ema = ema_of(model)
+    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+    prepare(model, profile, ranks, dtype=dtype)
+    shard(ema, profile, ranks, dtype=dtype)
     optimizer = Optimizer(
         model,
         lr=stage.lr,
@@ -63,32 +74,40 @@ def run(context: StepContext) -> dict[str, Any]:
         weight_decay=recipe.weight_decay,
         grad_clip=recipe.grad_clip,
     )
-    curves, ledger = Curves("loss", "grad_norm"), Ledger()
+    passes = Passes(encoder, layout, bfloat16=recipe.precision == "bf16")
+    curves, ledger, guard = Curves("loss", "grad_norm"), Ledger(), StepGuard(recipe.guard)
     stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
-    first = resume(context.checkpoints, stateful, ledger)
+    first = resume(context.checkpoints, stateful, ledger, guard)
 
     def save(step: int) -> None:
         ledger.join(ranks)
-        notes = {"ledger": ledger.state_dict(), "plan": plan_document(plan), "recipe": context.recipe.digest()}
+        notes = {"ledger": ledger.state_dict(), "guard": guard.state_dict(), "plan": plan_document(plan), "recipe": context.recipe.digest()}
         context.checkpoints.save(step, stateful, notes=notes)
 
     began = time.monotonic()
     with noting_sigterm() as stop:
         for step, batch in enumerate(loader.stream(first, stage.steps), first):
-            num_elements = int(sum_over_ranks(torch.tensor(batch.num_elements), ranks))
-            loss = sum_over_ranks(backward(model, encoder, batch.micro_batches, num_elements=num_elements), ranks)
-            sum_gradients(model.parameters(), ranks)
-            norm = optimizer.step(step)
-            update_ema(ema, model, step=step, decay=recipe.ema_decay)
-            ledger.add(batch.ids, batch.missing)
-            curves.add(loss, norm)
             done = step + 1
-            if done % recipe.log_every_steps == 0 or done == stage.steps:
+            loss = passes.backward(model, batch)
+            norm = optimizer.clip()
+            verdict = guard.judge(done, loss=loss.item(), grad_norm=norm.item())
+            if verdict == "good":
+                optimizer.step(step)
+                update_ema(ema, model, step=step, decay=recipe.ema_decay)
+                curves.add(loss.cpu(), norm.cpu())
+            else:
+                optimizer.clear()
+                context.say(guard.newest)
+            ledger.add(batch.ids if layout.context.is_first else {}, batch.missing if layout.context.is_first else {})
+            if verdict == "roll back":
+                roll_back(context.checkpoints, stateful, curves, guard)
+            if curves.count and (done % recipe.log_every_steps == 0 or done == stage.steps):
                 point = curves.close(done)
                 waited = loader.waited_seconds / (time.monotonic() - began)
                 context.log({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"], "data/wait_share": waited}, step=done)
             stopped = done < stage.steps and stop.agreed(ranks)
-            if stopped or (done % recipe.checkpoint_every_steps == 0 and done < stage.steps):
+            due = done % recipe.checkpoint_every_steps == 0 and guard.calm
+            if stopped or ((due or verdict == "roll back") and done < stage.steps):
                 save(done)
             if stopped:
                 context.checkpoints.wait()
@@ -97,14 +116,19 @@ def run(context: StepContext) -> dict[str, Any]:
     seconds = time.monotonic() - began
 
     ledger.join(ranks)
+    weights = {name: whole(value).cpu() for name, value in ema.state_dict().items()}
     if not ranks.is_first:
         return {}
-    return _publish(context, ema=ema, encoder=encoder, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
+    published = MMDiT(model.config, latent_channels=channels, text_dim=encoder.dim)
+    published.load_state_dict(weights)
+    return _publish(context, ema=published, encoder=encoder, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
         "steps": stage.steps,
         "samples": sum(step.count for step in ledger.steps),
         "trained_rows": sum(rows.total for rows in plan.rows.values()),
         "missing_samples": ledger.num_missing,
-        "warnings": missing_warnings(ledger, index),
+        "skipped_steps": len(guard.events),
+        "rollbacks": guard.num_rollbacks,
+        "warnings": [*missing_warnings(ledger, index), *guard.warnings],
         "vae": origin.vae,
         "ranks": ranks.size,
         "train_seconds": round(seconds - loader.waited_seconds, 3),
@@ -153,28 +177,22 @@ def open_groups(context: StepContext, index: Index) -> RowGroups[LatentGroup]:
     return RowGroups(context.inputs["latents"], index, latent_group, capacity=2 * (window + 1) * len(kinds), say=context.progress.say)
 
 
-def resume(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], ledger: Ledger) -> int:
+def resume(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], ledger: Ledger, guard: StepGuard) -> int:
     """Takes up the newest checkpoint; returns its step, which is 0 when there is none."""
     found = checkpoints.restore(parts)
     if found is None:
         return 0
     ledger.load_state_dict(found.notes["ledger"])
+    guard.load_state_dict(found.notes["guard"])
     return found.step
 
 
-def backward(model: nn.Module, encoder: ConditionEncoder, batch: Sequence[MicroBatch], *, num_elements: int) -> Tensor:
-    """Adds the gradients of these passes' share of the mean flow-matching loss over `num_elements`; returns it, detached."""
-    total = torch.zeros(())
-    for micro in batch:
-        text, mask = encoder.encode(micro.prompts)
-        x0 = micro.pictures[micro.is_target]
-        t = micro.t[micro.stream.sample[micro.stream.is_target]]
-        noisy = micro.pictures.masked_scatter(micro.is_target[:, None], interpolate(x0, micro.noise, t))
-        velocity = model(noisy, text[mask], micro.t, micro.stream)
-        loss = flow_loss(velocity, velocity_target(x0, micro.noise), num_elements=num_elements)
-        loss.backward()
-        total += loss.detach()
-    return total
+def roll_back(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], curves: Curves, guard: StepGuard) -> None:
+    """Gives weights, averages and moments back what the newest checkpoint holds; curves, ledger and data go on."""
+    drawn = curves.state_dict()
+    if checkpoints.restore(parts) is None:
+        raise TrainingDiverged(f"there is no checkpoint to go back to yet; {guard.report()}")
+    curves.load_state_dict(drawn)
 
 
 def _initial_model(context: StepContext, *, latent_channels: int, text_dim: int) -> MMDiT:
@@ -190,7 +208,7 @@ def _initial_model(context: StepContext, *, latent_channels: int, text_dim: int)
 def _publish(
     context: StepContext,
     *,
-    ema: nn.Module,
+    ema: MMDiT,
     encoder: ConditionEncoder,
     groups: RowGroups[LatentGroup],
     curves: Curves,
@@ -198,7 +216,6 @@ def _publish(
     plan: Plan,
 ) -> dict[str, Any]:
     """Writes weights, curves and the ledger; returns the stage's losses. Raises LedgerError when the ledger does not add up."""
-    assert isinstance(ema, MMDiT)
     assert context.stage is not None
     recipe, stage = context.recipe, context.recipe.mmdit.stages[context.stage]
     if problems := check_ledger(ledger, plan, groups):

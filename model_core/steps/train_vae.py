@@ -77,7 +77,8 @@ def run(context: StepContext) -> dict[str, Any]:
                 (loss * weight).backward()
                 parts = torch.stack([loss.detach(), *terms]) * weight
             sum_gradients(model.parameters(), ranks)
-            norm = optimizer.step(step)
+            norm = optimizer.clip()
+            optimizer.step(step)
             update_ema(ema, model.vae, step=step, decay=config.ema_decay)
             curves.add(*sum_over_ranks(parts, ranks), norm)
             done = step + 1

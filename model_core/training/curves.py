@@ -9,12 +9,15 @@ from torch import Tensor
 
 
 class Curves:
-    """Points `{"step": ..., NAME: mean since the last point, ...}` for fixed names; the first name is the loss."""
+    """Points `{"step": ..., NAME: mean since the last point, ...}` for fixed names; the first name is the loss.
+
+    `count` steps lie after the last point; without one, no point can be closed.
+    """
 
     def __init__(self, *names: str) -> None:
         self.points: list[dict[str, float]] = []
         self._names = names
-        self._sums, self._count = torch.zeros(len(names)), 0
+        self._sums, self.count = torch.zeros(len(names)), 0
 
     @property
     def last(self) -> float:
@@ -24,19 +27,19 @@ class Curves:
     def add(self, *values: Tensor) -> None:
         """Counts one step; no value leaves its device."""
         self._sums = self._sums + torch.stack(values)
-        self._count += 1
+        self.count += 1
 
     def close(self, step: int) -> dict[str, float]:
         """Ends the point at optimizer step `step` and returns it."""
-        means = (self._sums / self._count).tolist()
+        means = (self._sums / self.count).tolist()
         self.points.append({"step": step, **dict(zip(self._names, means, strict=True))})
-        self._sums, self._count = torch.zeros(len(self._names)), 0
+        self._sums, self.count = torch.zeros(len(self._names)), 0
         return self.points[-1]
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to go on from."""
-        return {"points": self.points, "sums": self._sums, "count": self._count}
+        return {"points": self.points, "sums": self._sums, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
-        self.points, self._sums, self._count = state["points"], state["sums"], state["count"]
+        self.points, self._sums, self.count = state["points"], state["sums"], state["count"]

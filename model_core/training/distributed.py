@@ -92,14 +92,26 @@ def sum_over_ranks(value: Any, ranks: Ranks) -> Any:
     return value
 
 
+def max_over_ranks(value: Any, ranks: Ranks) -> Any:
+    """The largest value of a tensor on any rank, on every rank."""
+    if ranks.size > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 def sum_gradients(parameters: Iterable[Any], ranks: Ranks) -> None:
-    """Adds up the gradients of all ranks, in one message; a parameter without a gradient counts as zero."""
-    if ranks.size == 1:
+    """Adds up the gradients of all ranks, in one message; a parameter without a gradient counts as zero.
+
+    Those of sharded parameters have been added up by the backward pass.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad and not hasattr(parameter, "to_local")]
+    if ranks.size == 1 or not trained:
         return
     import torch
     import torch.distributed as dist
 
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
     for parameter in trained:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -107,3 +119,25 @@ def sum_gradients(parameters: Iterable[Any], ranks: Ranks) -> None:
     dist.all_reduce(flat)
     for parameter, part in zip(trained, flat.split([parameter.numel() for parameter in trained]), strict=True):
         parameter.grad.copy_(part.view_as(parameter))
+
+
+def local(tensor: Any) -> Any:
+    """This rank's part of a sharded tensor; a plain one as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Any) -> Any:
+    """A sharded tensor put together, on every rank; a plain one as it is. All ranks must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether the model's parameters lie in parts on several ranks."""
+    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+
+def training_device(ranks: Ranks) -> Any:
+    """The GPU of this rank where there are any, else the CPU."""
+    import torch
+
+    return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
+from model_core.training.distributed import whole
+
 
 def warmup_lr(step: int, *, lr: float, warmup_steps: int) -> float:
     """Learning rate of optimizer step `step` (from 0): linear warm-up to `lr`, then constant (R1 gives one number a stage)."""
@@ -26,7 +28,7 @@ def decay_groups(parameters: Iterable[nn.Parameter], *, weight_decay: float) -> 
 
 
 class Optimizer:
-    """AdamW (decoupled decay) with linear warm-up and clipping of the global gradient norm."""
+    """AdamW (decoupled decay) with linear warm-up and clipping of the global gradient norm; parameters may be sharded."""
 
     def __init__(
         self, model: nn.Module, *, lr: float, warmup_steps: int, betas: tuple[float, float], weight_decay: float, grad_clip: float
@@ -36,14 +38,21 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(decay_groups(self._parameters, weight_decay=weight_decay), lr=lr, betas=betas, fused=True)
         self._lr, self._warmup_steps, self._grad_clip = lr, warmup_steps, grad_clip
 
-    def step(self, step: int) -> Tensor:
-        """Clips the gradients, takes optimizer step `step` and clears them; returns the gradient norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._grad_clip, foreach=True)
+    def clip(self) -> Tensor:
+        """Clips the gradients to the global norm; returns the norm before."""
+        norm: Tensor = whole(nn.utils.clip_grad_norm_(self._parameters, self._grad_clip, foreach=True))
+        return norm
+
+    def step(self, step: int) -> None:
+        """Takes optimizer step `step` with the gradients at hand, and clears them."""
         for group in self._adamw.param_groups:
             group["lr"] = warmup_lr(step, lr=self._lr, warmup_steps=self._warmup_steps)
         self._adamw.step()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the gradients."""
         self._adamw.zero_grad(set_to_none=True)
-        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Moments of every parameter, by the parameter's name in the model: they can be taken up at any world size."""

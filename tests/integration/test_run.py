@@ -131,7 +131,7 @@ def test_killed_run_leaves_no_step_behind_and_its_claim_is_taken_over(here: Path
     wait_for(lambda: "render_text" in pids(here))
     step = pids(here)["render_text"]
     run.kill()
-    run.communicate(timeout=20)
+    run.communicate(timeout=60)
     wait_for(lambda: not is_running(step), seconds=10)
 
     again = start(here)
@@ -147,7 +147,7 @@ def test_stopped_run_stops_its_step_and_says_how_to_go_on(number: signal.Signals
     run = start(here, ingest_images={"sleep_seconds": 300})
     wait_for(lambda: "ingest_images" in pids(here))
     run.send_signal(number)
-    _, errors = run.communicate(timeout=30)
+    _, errors = run.communicate(timeout=60)
     assert run.returncode == 1
     assert "darkroom: stopped; the same command goes on from there" in errors
     assert not is_running(pids(here)["ingest_images"])

@@ -40,7 +40,8 @@ def test_an_optimizer_step_is_adamws_first_step_on_the_clipped_gradient():
     before = model.weight.detach().clone()
     optimizer = Optimizer(model, lr=0.1, warmup_steps=0, betas=(0.9, 0.99), weight_decay=0.5, grad_clip=1.0)
     model.weight.grad = torch.tensor([[30.0, -40.0]])
-    assert optimizer.step(0).item() == pytest.approx(50.0)
+    assert optimizer.clip().item() == pytest.approx(50.0)
+    optimizer.step(0)
     # The first AdamW step is lr times the gradient's sign, after the weights have decayed by lr times weight_decay.
     assert torch.allclose(model.weight, before * (1 - 0.05) - 0.1 * torch.tensor([[1.0, -1.0]]), atol=1e-5)
     assert model.weight.grad is None

@@ -1,0 +1,69 @@
+"""Forward and backward passes of one optimizer step of flow matching, over packed streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model_core.data.loader import Batch, MicroBatch
+from model_core.models.condition import ConditionEncoder
+from model_core.models.mmdit import MMDiT
+from model_core.models.stream import pack
+from model_core.objectives.flow import flow_loss, interpolate, velocity_target
+from model_core.training.distributed import is_sharded, max_over_ranks, sum_gradients, sum_over_ranks
+from model_core.training.parallel import Layout
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a batch goes through the model: frozen `encoder`, layout over ranks, and whether passes run in bfloat16."""
+
+    encoder: ConditionEncoder
+    layout: Layout
+    bfloat16: bool = False
+
+    def backward(self, model: MMDiT, batch: Batch) -> Tensor:
+        """Adds up the gradients of the global batch's mean loss, over all ranks; returns that loss, detached, on every rank."""
+        ranks = self.layout.ranks
+        counted = batch.num_elements if self.layout.context.is_first else 0
+        num_elements = int(sum_over_ranks(torch.tensor(counted), ranks))
+        # Weights that are gathered for each pass need all ranks in every pass.
+        num_passes = int(max_over_ranks(torch.tensor(len(batch.micro_batches)), ranks))
+        loss = torch.zeros((), device=next(model.parameters()).device)
+        for micro in batch.micro_batches:
+            part = self._loss(model, micro, max(num_elements, 1))
+            part.backward()
+            loss += part.detach()
+        if is_sharded(model):
+            for _ in range(num_passes - len(batch.micro_batches)):
+                idle_pass(model)
+        sum_gradients(model.parameters(), ranks)
+        total: Tensor = sum_over_ranks(loss, ranks)
+        return total
+
+    def _loss(self, model: MMDiT, micro: MicroBatch, num_elements: int) -> Tensor:
+        device = next(model.parameters()).device
+        text, mask = self.encoder.encode(micro.prompts)
+        text = text[mask]
+        if len(text) + len(micro.pictures) != len(micro.stream):
+            raise ValueError(f"found {len(text)} text states; the latents were stored for {len(micro.stream) - len(micro.pictures)}")
+        micro = micro.to(device)
+        x0 = micro.pictures[micro.is_target]
+        t = micro.t[micro.stream.sample[micro.stream.is_target]]
+        noisy = micro.pictures.masked_scatter(micro.is_target[:, None], interpolate(x0, micro.noise, t))
+        stream, mine = self.layout.part(micro.stream)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16 and not is_sharded(model)):
+            velocity = model(noisy, text.to(device), micro.t, stream, attend=self.layout.attend)
+        return flow_loss(velocity, velocity_target(x0, micro.noise)[mine], num_elements=num_elements)
+
+
+def idle_pass(model: MMDiT) -> None:
+    """A pass over one token whose gradients are zero: for a rank that has no more work while others have."""
+    weight = next(model.parameters())
+    stream = pack([((1, 1),)], model.config).to(weight.device)
+    picture, text = (
+        torch.zeros(num, channels, device=weight.device) for num, channels in ((1, model.latent_channels), (0, model.text_dim))
+    )
+    (model(picture, text, torch.zeros(1, device=weight.device), stream).sum() * 0.0).backward()
