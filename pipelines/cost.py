@@ -6,7 +6,6 @@ Which steps a run would do, and which results it would reuse, is another questio
 from __future__ import annotations
 
 import math
-
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -123,7 +122,8 @@ def assumed_hardware(*, gpus: int, gpu: str, mfu: float, peak_tflops: float | No
 def estimate_cost(recipe: Recipe, hardware: Hardware, *, caption_tokens: int) -> Cost:
     """The cost of a run of `recipe` when every prompt has `caption_tokens` tokens; raises UserError for sizes that are not known."""
     if not 1 <= caption_tokens <= recipe.captions.max_tokens:
-        raise UserError(f"--caption-tokens: found {caption_tokens}; allowed are 1 to {recipe.captions.max_tokens}, the recipe's captions.max_tokens")
+        allowed = f"1 to {recipe.captions.max_tokens}, the recipe's captions.max_tokens"
+        raise UserError(f"--caption-tokens: found {caption_tokens}; allowed are {allowed}")
     encoder, channels = encoder_sizes(recipe.encoder), recipe.vae.model.latent_channels
     config = recipe.mmdit.model
     parameters = {
@@ -131,9 +131,7 @@ def estimate_cost(recipe: Recipe, hardware: Hardware, *, caption_tokens: int) ->
         "vae": vae_parameters(recipe.vae.model),
         "encoder": encoder.parameters,
     }
-    state = state_memory(
-        config, latent_channels=channels, encoder=encoder, shards=hardware.shards, memory_bytes=hardware.memory_bytes
-    )
+    state = state_memory(config, latent_channels=channels, encoder=encoder, shards=hardware.shards, memory_bytes=hardware.memory_bytes)
     memory = Memory(
         state,
         {policy: activation_peak(config, policy) for policy in POLICIES},

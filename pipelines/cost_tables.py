@@ -16,8 +16,8 @@ GB = 1e9  # as data sheets count
 def cost_tables(cost: Cost) -> RenderableType:
     """Parameters, memory, the curriculum, and what it reads and writes."""
     hardware = cost.hardware
-    peak = f"{hardware.peak_flops / 1e12:g} TFLOP/s"
-    title = f"{cost.recipe} on {hardware.gpus} {hardware.gpu.upper()}: {peak} each, MFU {hardware.mfu:g}, {cost.caption_tokens} tokens a prompt"
+    each = f"{hardware.peak_flops / 1e12:g} TFLOP/s each, MFU {hardware.mfu:g}"
+    title = f"{cost.recipe} on {hardware.gpus} {hardware.gpu.upper()}: {each}, {cost.caption_tokens} tokens a prompt"
     return Group(
         Text(title, style="bold"), parameter_table(cost), memory_table(cost), policy_table(cost), stage_table(cost), traffic_table(cost)
     )
@@ -28,8 +28,8 @@ def parameter_table(cost: Cost) -> Table:
     table = Table("model", "part", _right("parameters"), title="parameters")
     for model, parts in cost.parameters.items():
         for part, num in parts.items():
-            table.add_row(model, part, _si(num))
-        table.add_row(model, "all", _si(sum(parts.values())), end_section=True)
+            table.add_row(model, part, f"{num:,}")
+        table.add_row(model, "all", f"{sum(parts.values()):,}", end_section=True)
     return table
 
 
@@ -75,7 +75,7 @@ def policy_table(cost: Cost) -> Table:
 def stage_table(cost: Cost) -> Table:
     """Work and time of each entry of the curriculum."""
     table = Table("stage", *_all_right("px", "steps", "tokens/step", "tokens", "FLOP", "GPU hours", "days"), title="curriculum")
-    table.add_row("VAE", "", "", "", "", _si(cost.vae_training_flops), f"{cost.vae_gpu_hours:,.0f}", f"{cost.vae_days:.2f}")
+    table.add_row("VAE", "", "", "", "", _si(cost.vae_training_flops), _plain(cost.vae_gpu_hours), _plain(cost.vae_days))
     for stage in cost.stages:
         table.add_row(
             stage.name,
@@ -84,15 +84,14 @@ def stage_table(cost: Cost) -> Table:
             _si(stage.tokens_a_step),
             _si(stage.tokens),
             _si(stage.training_flops),
-            f"{stage.gpu_hours:,.0f}",
-            f"{stage.days:.2f}",
+            _plain(stage.gpu_hours),
+            _plain(stage.days),
         )
     totals = cost.totals
     table.add_section()
     flops = totals["training_flops"] + cost.vae_training_flops
-    table.add_row(
-        "all", "", f"{totals['steps']:,}", "", _si(totals["tokens"]), _si(flops), f"{totals['gpu_hours']:,.0f}", f"{totals['days']:.2f}"
-    )
+    time = _plain(totals["gpu_hours"]), _plain(totals["days"])
+    table.add_row("all", "", f"{totals['steps']:,}", "", _si(totals["tokens"]), _si(flops), *time)
     encoder = f"{_si(totals['encoder_flops'])}FLOP"
     table.caption = f"FLOP of training, nothing computed again; hours also count {encoder} of the frozen encoder"
     return table
@@ -129,6 +128,13 @@ def _right(name: str) -> Column:
 
 def _all_right(*names: str) -> Sequence[Column]:
     return [_right(name) for name in names]
+
+
+def _plain(value: float) -> str:
+    """An amount as people write it."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value >= 0.01 else "<0.01"
 
 
 def _si(value: float) -> str:

@@ -61,7 +61,8 @@ class Convolution:
 
 def encoder_convolutions(config: VAEModel) -> list[Convolution]:
     """Every convolution of the VAE's encoder, in order."""
-    widths, at = config.encoder_widths, config.stem_fold
+    widths = config.encoder_widths
+    at: int = config.stem_fold
     found = [Convolution(RGB * at**2, widths[0], 3, at)]
     for index, (before, width) in enumerate(itertools.pairwise([widths[0], *widths])):
         found += _residual_blocks(before, width, config.encoder_blocks, at)
