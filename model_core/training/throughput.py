@@ -127,7 +127,7 @@ def _vae_flops(config: VAEModel, convolutions: Iterable[Convolution], mid_dim: i
 def text_encoder_flops(sizes: EncoderSizes, *, tokens: int) -> int:
     """FLOPs of the frozen encoder's text layers for one prompt of `tokens` tokens, without the head, which the states do not need.
 
-    All pairs of attention count, as its kernel computes a mask's hidden ones too, or half of them at most.
+    All pairs of attention count, those too that its causal mask hides.
     """
     return 2 * sizes.num_layers * sizes.layer_matrices * tokens + sizes.num_layers * 4 * sizes.num_heads * sizes.head_dim * tokens**2
 
