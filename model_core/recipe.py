@@ -104,7 +104,8 @@ class Captions(Section):
 class Encoder(Section):
     """The frozen vision-language model that reads the prompt (R1 3.2: Qwen3-VL)."""
 
-    path: str | None = None  # folder with Qwen3-VL weights; None builds the tiny one below, with random weights
+    # Folder with Qwen3-VL weights; None builds the tiny one below, with random weights. With a folder, its sizes are only planned with.
+    path: str | None = None
     hidden_size: Count = 256
     num_layers: Count = 1
     num_heads: Count = 4

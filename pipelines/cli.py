@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True, highlight=False)
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="smoke, demo, or the path of a recipe's YAML.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="smoke, demo, qwen_image_2, or the path of a recipe's YAML.")]
 SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="local, or the path of a site's YAML.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Sets one field of the recipe; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON, for a script.")]
@@ -60,14 +60,40 @@ def run(
         from pipelines.show import plan_table
 
         check_inputs(what, where)
-        plan = plan_run(what, where)
-        _show([entry.to_json() for entry in plan] if as_json else plan_table(plan))
+        steps = plan_run(what, where)
+        _show([entry.to_json() for entry in steps] if as_json else plan_table(steps))
         return
     from pipelines.show import card
 
     lines = Console(file=sys.stderr if as_json else sys.stdout, soft_wrap=True, highlight=False)  # named now: the run redirects sys.stdout
     finished = run_training(what, where, name=name, say=lambda line: lines.print(line, markup=False))
     _show(card(finished, where, as_json=as_json, site_name=site))
+
+
+@app.command(epilog="Example: darkroom plan qwen_image_2 --gpus 1024 --gpu h200 --mfu 0.4")
+def plan(
+    recipe: RecipeName,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", help="GPUs that train together.")] = 1,
+    gpu: Annotated[str, typer.Option("--gpu", metavar="NAME", help="a100, h100, h200, b200 or gb200: its peak and its memory.")] = "h200",
+    peak_tflops: Annotated[
+        float | None, typer.Option("--peak-tflops", metavar="X", help="Dense bf16 TFLOP/s of one GPU, in place of its data sheet's.")
+    ] = None,
+    mfu: Annotated[float, typer.Option("--mfu", metavar="SHARE", help="Share of the peak that training reaches, 0 to 1.")] = 0.4,
+    caption_tokens: Annotated[int, typer.Option("--caption-tokens", metavar="N", help="Tokens of every prompt.")] = 256,
+    shards: Annotated[
+        int | None, typer.Option("--shards", metavar="N", help="GPUs that share one copy of the state (HSDP); all of them when not given.")
+    ] = None,
+    assignments: Assignments = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tells what a recipe would cost: parameters, memory of a GPU, FLOPs, GPU hours, bytes. What a run would do: run --dry-run."""
+    what = find_recipe(recipe, assignments or ())
+    from pipelines.cost import assumed_hardware, estimate_cost
+    from pipelines.cost_tables import cost_tables
+
+    hardware = assumed_hardware(gpus=gpus, gpu=gpu, mfu=mfu, peak_tflops=peak_tflops, shards=shards)
+    cost = estimate_cost(what, hardware, caption_tokens=caption_tokens)
+    _show(cost.to_json() if as_json else cost_tables(cost))
 
 
 @app.command(epilog="Example: darkroom compile demo -o pipeline.yaml")

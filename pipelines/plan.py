@@ -1,4 +1,7 @@
-"""What a run will do, as far as it can be known before it starts: each step's key, and whether its result is there."""
+"""What a run will do, as far as it can be known before it starts: each step's key, and whether its result is there.
+
+`darkroom run --dry-run` shows it. What a run costs, which `darkroom plan` tells, is pipelines.cost.
+"""
 
 from __future__ import annotations
 

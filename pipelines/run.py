@@ -81,13 +81,13 @@ def check_inputs(recipe: Recipe, site: Site) -> None:
     from model_core.data.sources import check_sources
     from model_core.data.typefaces import check_typefaces
 
+    for field, path in (("encoder.path", recipe.encoder.path), ("vae.path", recipe.vae.path), ("mmdit.path", recipe.mmdit.path)):
+        if path is not None and not Path(path).expanduser().is_dir():
+            raise UserError(f"recipe {recipe.name}: {field}: found {path!r}; allowed is a folder with weights")
     check_sources(recipe, site)
     check_edits(recipe)
     check_filters(recipe)
     check_typefaces(recipe.text_images)
-    for field, path in (("encoder.path", recipe.encoder.path), ("vae.path", recipe.vae.path), ("mmdit.path", recipe.mmdit.path)):
-        if path is not None and not Path(path).expanduser().is_dir():
-            raise UserError(f"recipe {recipe.name}: {field}: found {path!r}; allowed is a folder with weights")
 
 
 def check_workspace(site: Site) -> None:

@@ -25,7 +25,7 @@ from pipelines.documents import find_recipe, find_site
 from pipelines.output import StepLines
 from pipelines.run import run_name
 
-COMMANDS = ("run", "compile", "sample", "report", "ui", "verify", "gc", "doctor")
+COMMANDS = ("run", "plan", "compile", "sample", "report", "ui", "verify", "gc", "doctor")
 KEY = "0123456789abcdef"
 
 
@@ -81,7 +81,7 @@ def test_installed_command_starts(here: Path) -> None:
     assert done.stderr.startswith("darkroom: recipe 'nope'")
 
 
-@pytest.mark.parametrize("name", ["smoke", "demo"])
+@pytest.mark.parametrize("name", ["smoke", "demo", "qwen_image_2"])
 def test_built_in_recipes_are_found_by_name(name: str) -> None:
     assert find_recipe(name).name == name
 
@@ -114,6 +114,11 @@ def test_compile_writes_the_dag(here: Path) -> None:
     assert "wrote build/pipeline.yaml" in invoke("compile", "smoke", "-o", "build/pipeline.yaml")
     assert "exec-train-mmdit-2" in Path("build/pipeline.yaml").read_text()
     assert [path.name for path in Path("build").iterdir()] == ["pipeline.yaml"]
+
+
+def test_compile_writes_the_dag_of_the_papers_recipe(here: Path) -> None:
+    invoke("compile", "qwen_image_2", "-o", "pipeline.yaml")
+    assert all(name in Path("pipeline.yaml").read_text() for name in ("S4x1024", "S6x2048"))
 
 
 def test_verify_reads_every_file_again(here: Path, recipe: Recipe) -> None:

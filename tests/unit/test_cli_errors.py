@@ -124,6 +124,18 @@ WRONG_ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an output that is no PNG": (("sample", "r", "a cat", "--out", "x.jpg"), ("--out", "x.jpg", ".png")),
     "no run yet": (("report",), ("no run yet",)),
     "an output in a folder that cannot be": (("compile", "smoke", "-o", "/dev/null/x.yaml"), ("/dev/null/x.yaml", "cannot be written")),
+    "no GPU": (("plan", "smoke", "--gpus", "0"), ("--gpus", "found 0")),
+    "a GPU that is not known": (("plan", "smoke", "--gpu", "abacus"), ("--gpu", "'abacus'", "h200")),
+    "more than the peak": (("plan", "smoke", "--mfu", "1.5"), ("--mfu", "1.5")),
+    "no use of the peak": (("plan", "smoke", "--mfu", "0"), ("--mfu", "0.0")),
+    "a peak below nothing": (("plan", "smoke", "--peak-tflops", "-1"), ("--peak-tflops", "-1")),
+    "shards that do not divide the GPUs": (("plan", "smoke", "--gpus", "12", "--shards", "8"), ("--shards", "found 8", "12")),
+    "prompts that are too long": (("plan", "smoke", "--caption-tokens", "1025"), ("--caption-tokens", "1025", "1 to 1024")),
+    "a plan for an unknown encoder": (
+        ("plan", "qwen_image_2", "--set", "encoder.num_layers=37"),
+        ("encoder.path", "weights/Qwen3-VL-8B-Instruct", "config.json"),
+    ),
+    "the paper's recipe without weights": (("run", "qwen_image_2"), ("encoder.path", "weights/Qwen3-VL-8B-Instruct", "folder")),
     "nothing to verify": (("verify", "."), ("no manifest",)),
     "a history that is not there": (("ui",), ("does not exist yet",)),
 }

@@ -63,6 +63,37 @@ def test_the_recipes_that_ship_are_valid():
         assert load_recipe(path).name == path.stem
 
 
+# R1 Table 2, typed from the paper: steps; batch size by resolution; share of edits; learning rate.
+TABLE_2 = {
+    "pre-training": (700_000, {256: 32 * 1024, 512: 16 * 1024}, 0.1, 1e-4),
+    "continual": (250_000, {512: 16 * 1024, 1024: 8 * 1024, 2048: 4 * 1024}, 0.3, 2e-5),
+    "SFT": (10_000, {512: 16 * 1024, 1024: 8 * 1024, 2048: 4 * 1024}, 0.3, 1e-5),
+}
+PHASES = {"S1": "pre-training", "S2": "pre-training", "S3": "pre-training", "S4": "continual", "S5": "continual", "S6": "SFT"}
+
+
+@pytest.mark.parametrize("phase", TABLE_2)
+def test_the_papers_recipe_is_its_table_2(phase):
+    steps, batch_sizes, edit_share, lr = TABLE_2[phase]
+    recipe = load_recipe(Path("pipelines/recipes/qwen_image_2.yaml"))
+    stages = {name: stage for name, stage in recipe.mmdit.stages.items() if PHASES[name[:2]] == phase}
+    assert sum(stage.steps for stage in stages.values()) == steps
+    assert {stage.resolution_px: stage.batch_size for stage in stages.values()} == batch_sizes
+    assert {stage.lr for stage in stages.values()} == {lr}
+    assert {stage.edit_share for stage in stages.values() if "edit" in stage.kinds} == {edit_share}
+    assert all(name == name[:2] or name == f"{name[:2]}x{stage.resolution_px}" for name, stage in stages.items())
+
+
+def test_the_papers_recipe_has_its_stages_in_order_and_its_common_numbers():
+    recipe = load_recipe(Path("pipelines/recipes/qwen_image_2.yaml"))
+    assert list(dict.fromkeys(name[:2] for name in recipe.stages)) == list(PHASES)
+    assert sum(stage.steps for stage in recipe.mmdit.stages.values()) == 960_000
+    assert (recipe.mmdit.weight_decay, recipe.mmdit.grad_clip, recipe.mmdit.uncond_dropout) == (0.001, 1.0, 0.1)
+    assert recipe.mmdit.stages["S1"].kinds == ["image"]  # R1 Fig. 6: edits join in S2, synthetic text in S3
+    assert "edit" in recipe.mmdit.stages["S2"].kinds
+    assert "text_image" in recipe.mmdit.stages["S3"].kinds
+
+
 def test_overrides_set_one_leaf_and_leave_the_rest():
     recipe = parse_recipe(override(MINIMAL, ["mmdit.stages.S1.lr=1e-5", 'data.sources=["file:///a"]']), "r")
     assert recipe.mmdit.stages["S1"].lr == 1e-5
