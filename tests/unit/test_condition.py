@@ -94,7 +94,9 @@ def test_a_long_prompt_pads_few_others(monkeypatch):
     one = encoder(max_tokens=1024)
     computed = []
     forward = one.model.model.language_model.forward
-    monkeypatch.setattr(one.model.model.language_model, "forward", lambda **given: (computed.append(given["input_ids"].numel()), forward(**given)))
+    monkeypatch.setattr(
+        one.model.model.language_model, "forward", lambda **given: (computed.append(given["input_ids"].numel()), forward(**given))
+    )
     one.encode_packed([*PROMPTS, " circle" * 1000, *PROMPTS])
     useful = sum(one.num_tokens(prompt) for prompt in [*PROMPTS, *PROMPTS, " circle" * 1000])
     assert len(computed) == 2
