@@ -32,6 +32,7 @@ from model_core.models.vlm_input import (
     user_turn,
     vision_patches,
 )
+from model_core.recipe import CompressionRatio
 
 transformers_logging.disable_progress_bar()  # its bars would break a step's lines
 
@@ -88,6 +89,11 @@ class ConditionEncoder(nn.Module):
     def dim(self) -> int:
         """Channels of the states."""
         return int(self.model.config.text_config.hidden_size)
+
+    @property
+    def multiple_px(self) -> int:
+        """What the sides of pictures must be multiples of: an image token where the encoder sees images, else a latent token."""
+        return SLOT_PX if self.sees_images else CompressionRatio
 
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States (B, L, dim) and mask (B, L) of B prompts, padded on the right; raises as `encode_packed` does."""

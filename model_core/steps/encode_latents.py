@@ -24,8 +24,6 @@ from model_core.data.shards import RawRow, decode_image, read_kept_rows
 from model_core.data.states import EMPTY, PromptStates, write_empty
 from model_core.models.condition import ConditionEncoder, load_encoder
 from model_core.models.vae import ResidualVAE, load_vae
-from model_core.models.vlm_input import SLOT_PX
-from model_core.recipe import CompressionRatio
 
 BATCH_IMAGES = 64
 
@@ -45,10 +43,9 @@ def run(context: StepContext) -> dict[str, Any]:
     writer = LatentWriter(context.output, origin=origin, channels=vae.config.latent_channels, states=stored, text_dim=encoder.dim)
     if stored:
         write_empty(context.output, encoder.encode_packed([""]).states)
-    multiple_px = SLOT_PX if encoder.sees_images else CompressionRatio
     total = sum(count for kind, count in inputs["kept"].manifest.stats["kinds"].items() if kind in stage.kinds)
     for rows in _batches(read_kept_rows(inputs["kept"], inputs, kinds=stage.kinds)):
-        for shape_px, group in _by_bucket(rows, stage.resolution_px, multiple_px).items():
+        for shape_px, group in _by_bucket(rows, stage.resolution_px, encoder.multiple_px).items():
             targets = _encode(vae, [image_tensor(fit(decode_image(row.image), shape_px)) for row in group])
             references = [[image_tensor(fit(decode_image(image), shape_px)) for image in row.references] for row in group]
             encoded = iter(_encode(vae, [reference for images in references for reference in images]))
