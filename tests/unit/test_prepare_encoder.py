@@ -79,10 +79,12 @@ def test_given_weights_are_taken_as_they_are(tmp_path):
 
 
 def test_an_encoder_that_sees_images_has_read_how_they_are_named(tmp_path):
-    prepare(tmp_path / "made", inputs(tmp_path / "inputs"), sees_images=True)
-    one = load_encoder(tmp_path / "made" / "encoder")
-    assert one.sees_images
-    assert len(one.token_ids("<image1>")) < len("<image1>") / 2
+    given = inputs(tmp_path / "inputs")
+    for sees_images in (False, True):
+        prepare(tmp_path / str(sees_images), given, sees_images=sees_images)
+        one = load_encoder(tmp_path / str(sees_images) / "encoder")
+        assert one.sees_images == sees_images
+        assert (len(one.token_ids("image")) == 1) == sees_images
 
 
 def test_given_weights_keep_their_type(tmp_path):
