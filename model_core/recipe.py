@@ -111,6 +111,9 @@ class Encoder(Section):
     num_heads: Count = 4
     vocab_size: Annotated[int, Field(ge=300)] = 1024
     system_prompt: str = "Comprehend and analyze the provided prompt."  # R1 Fig. 8
+    # R1: the encoder reads condition images too. Off for the tiny one: a random vision tower knows nothing of them, and its image
+    # tokens would only blur the instruction's states. Set it together with `path`.
+    sees_images: bool = False
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Encoder:
@@ -223,6 +226,7 @@ class Stage(Section):
     batch_size: Count = 64
     lr: PositiveFloat = 1e-4  # 1e-4, 2e-5, 1e-5
     warmup_steps: NonNegative = 100  # ours
+    cache_states: bool = False  # text states stored beside latents: 8 KiB a token of 4096 channels, which pays at 256 px only (ours)
 
     @field_validator("resolution_px")
     @classmethod
@@ -326,6 +330,15 @@ class Recipe(Section):
     sampling: Sampling = Sampling()
     evaluation: Evaluation = Evaluation()
     registry: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _slots_are_whole(self) -> Recipe:
+        for name, stage in self.mmdit.stages.items():
+            if self.encoder.sees_images and stage.resolution_px % (2 * CompressionRatio):
+                raise ValueError(
+                    f"mmdit.stages.{name}.resolution_px is {stage.resolution_px}; an encoder that sees images needs multiples of 32"
+                )
+        return self
 
     @property
     def stages(self) -> list[str]:

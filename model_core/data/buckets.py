@@ -13,20 +13,20 @@ RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))  # width : h
 
 
 @lru_cache(maxsize=64)
-def bucket_shapes(resolution_px: int) -> tuple[tuple[int, int], ...]:
-    """(height, width) of each bucket: multiples of 16 px with an area near the square of `resolution_px`, none twice."""
+def bucket_shapes(resolution_px: int, *, multiple_px: int = CompressionRatio) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each bucket: sides in `multiple_px`, with an area near the square of `resolution_px`, none twice."""
     shapes = []
     for width, height in RATIOS:
         scale = resolution_px / math.sqrt(width * height)
-        sides = tuple(max(1, round(side * scale / CompressionRatio)) * CompressionRatio for side in (height, width))
+        sides = tuple(max(1, round(side * scale / multiple_px)) * multiple_px for side in (height, width))
         shapes.append((sides[0], sides[1]))
     return tuple(dict.fromkeys(shapes))
 
 
-def bucket(width_px: int, height_px: int, resolution_px: int) -> tuple[int, int]:
+def bucket(width_px: int, height_px: int, resolution_px: int, *, multiple_px: int = CompressionRatio) -> tuple[int, int]:
     """(height, width) of the bucket whose aspect ratio is nearest, on a log scale, to the picture's."""
     ratio = math.log(height_px / width_px)
-    return min(bucket_shapes(resolution_px), key=lambda shape: abs(math.log(shape[0] / shape[1]) - ratio))
+    return min(bucket_shapes(resolution_px, multiple_px=multiple_px), key=lambda shape: abs(math.log(shape[0] / shape[1]) - ratio))
 
 
 def fit(image: Image.Image, shape_px: tuple[int, int]) -> Image.Image:

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from model_core.data.pixels import on_white
 from model_core.documents import UserError
 from model_core.recipe import Recipe
 from model_core.site import Site
@@ -138,7 +139,7 @@ def decode_picture(data: bytes, max_side_px: int) -> tuple[Image.Image, bytes | 
     stored.draft("RGB", (2 * max_side_px, 2 * max_side_px))  # a JPEG decodes faster at a fraction of its size
     stored.load()
     upright = ImageOps.exif_transpose(stored)
-    picture = _on_white(upright)
+    picture = _rgb(upright)
     if max(picture.size) > max_side_px:
         scale = max_side_px / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
@@ -146,15 +147,11 @@ def decode_picture(data: bytes, max_side_px: int) -> tuple[Image.Image, bytes | 
     return picture, data if original else None
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "I;16", "I;16B", "F"):  # 16 bits a grey pixel; Pillow would clip rather than scale them
         values = np.asarray(image, dtype=np.float64)
         return Image.fromarray((values / max(values.max(), 255.0) * 255.0).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, layer).convert("RGB")
+    return on_white(image)
 
 
 def _walk(root: Path, uri: str) -> Iterator[tuple[str, tuple[int, str]]]:

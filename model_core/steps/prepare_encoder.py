@@ -16,31 +16,28 @@ import pyarrow.parquet as pq
 from model_core.context import StepContext
 from model_core.data.latents import CAPTIONS
 from model_core.data.shards import read_rows
-from model_core.models.condition import (
-    ConditionEncoder,
-    open_qwen3_vl,
-    relate_signs,
-    save_encoder,
-    system_turn,
-    tiny_qwen3_vl,
-    train_tokenizer,
-    user_turn,
-)
+from model_core.models.condition import ConditionEncoder, open_qwen3_vl, save_encoder
+from model_core.models.tiny_vlm import relate_signs, tiny_qwen3_vl, train_tokenizer
+from model_core.models.vlm_input import system_turn, user_turn
 
 
 def run(context: StepContext) -> dict[str, Any]:
     """Makes or opens the encoder and saves it; returns its size."""
     config = context.recipe.encoder
     began = time.monotonic()
-    system_prompt, max_tokens = config.system_prompt, context.recipe.captions.max_tokens
+    settings: dict[str, Any] = {
+        "system_prompt": config.system_prompt,
+        "max_tokens": context.recipe.captions.max_tokens,
+        "sees_images": config.sees_images,
+    }
     if config.path is not None:
-        encoder = open_qwen3_vl(Path(config.path).expanduser(), system_prompt=system_prompt, max_tokens=max_tokens)
+        encoder = open_qwen3_vl(Path(config.path).expanduser(), dtype="auto", **settings)  # copied as they are: weights may be large
     else:
-        chats = [system_turn(system_prompt) + user_turn(prompt) for prompt in _prompts(context)]
+        chats = [system_turn(config.system_prompt) + turn for turn in _turns(context)]
         tokenizer = train_tokenizer(chats, vocab_size=config.vocab_size)
         model = tiny_qwen3_vl(config, num_tokens=len(tokenizer), seed=context.recipe.seed)
         relate_signs(model, tokenizer, seed=context.recipe.seed)
-        encoder = ConditionEncoder(model, tokenizer, system_prompt=system_prompt, max_tokens=max_tokens)
+        encoder = ConditionEncoder(model, tokenizer, **settings)
     save_encoder(encoder, context.output / "encoder")
     return {
         "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
@@ -49,10 +46,11 @@ def run(context: StepContext) -> dict[str, Any]:
     }
 
 
-def _prompts(context: StepContext) -> Iterator[str]:
+def _turns(context: StepContext) -> Iterator[str]:
     """All that training may ask with: every caption, and the instruction of every edit that is not held out."""
     for row in pq.read_table(context.inputs["captions"].path("captions.parquet"), columns=list(CAPTIONS)).to_pylist():
-        yield from (text for text in row.values() if text)
+        yield from (user_turn(text) for text in row.values() if text)
     for edit in read_rows(context.inputs["edits"], columns=("instruction", "held_out")):
         if not edit.held_out:
-            yield edit.instruction
+            # One slot stands for all: what is between two of them has the same words.
+            yield user_turn(edit.instruction, num_images=int(context.recipe.encoder.sees_images))

@@ -59,7 +59,7 @@ STEPS: dict[str, StepSpec] = {
         StepSpec(
             name="encode_latents",
             version=2,
-            sections=(STAGE + "resolution_px", STAGE + "kinds"),
+            sections=(STAGE + "resolution_px", STAGE + "kinds", STAGE + "cache_states"),
             inputs=("kept", "captions", "vae", "encoder", *RAW),
             kind="dataset",
             staged=True,

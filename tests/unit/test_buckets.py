@@ -22,6 +22,16 @@ def test_buckets_are_whole_latents_near_the_pixel_budget(resolution_px):
         assert abs(height * width / resolution_px**2 - 1) <= slack
 
 
+@pytest.mark.parametrize("resolution_px", [256, 512, 1024, 2048])
+def test_buckets_are_whole_image_tokens_where_the_encoder_sees_them(resolution_px):
+    shapes = bucket_shapes(resolution_px, multiple_px=32)
+    assert (resolution_px, resolution_px) in shapes
+    for height, width in shapes:
+        assert height % 32 == width % 32 == 0
+        assert abs(height * width / resolution_px**2 - 1) <= 0.2
+        assert bucket(width, height, resolution_px, multiple_px=32) == (height, width)
+
+
 @given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([64, 256, 512]))
 def test_a_picture_goes_to_the_bucket_of_the_nearest_ratio(width, height, resolution_px):
     chosen = bucket(width, height, resolution_px)

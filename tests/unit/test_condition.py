@@ -4,29 +4,10 @@ import pytest
 import torch
 
 from model_core.documents import UserError
-from model_core.models.condition import (
-    ConditionEncoder,
-    last_states,
-    load_encoder,
-    open_qwen3_vl,
-    relate_signs,
-    save_encoder,
-    system_turn,
-    tiny_qwen3_vl,
-    train_tokenizer,
-    user_turn,
-)
-from model_core.recipe import Encoder
-
-CONFIG = Encoder(hidden_size=32, num_layers=2, num_heads=2, vocab_size=320)
-COLORS, TEXTS = ("red", "blue", "green"), ("A7", "B3", "K0")
-PROMPTS = [f"a {color} circle with the text {text}" for color in COLORS for text in TEXTS]
-
-
-def encoder(*, system_prompt: str = "Look.", max_tokens: int = 64) -> ConditionEncoder:
-    tokenizer = train_tokenizer([system_turn("Look.") + user_turn(prompt) for prompt in PROMPTS], vocab_size=CONFIG.vocab_size)
-    model = tiny_qwen3_vl(CONFIG, num_tokens=len(tokenizer), seed=0)
-    return ConditionEncoder(model, tokenizer, system_prompt=system_prompt, max_tokens=max_tokens)
+from model_core.models.condition import last_states, load_encoder, open_qwen3_vl, save_encoder
+from model_core.models.tiny_vlm import relate_signs, tiny_qwen3_vl
+from model_core.models.vlm_input import batches_by_length, rope_positions, system_turn, user_turn
+from tests.tiny_encoders import COLORS, CONFIG, PROMPTS, encoder
 
 
 def test_states_are_those_before_the_final_norm():
@@ -35,7 +16,7 @@ def test_states_are_those_before_the_final_norm():
     language_model = one.model.model.language_model
     torch.nn.init.uniform_(language_model.norm.weight, 0.5, 2.0)
     normalised = language_model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-    states = last_states(one.model, ids, torch.ones_like(ids, dtype=torch.bool))
+    states = last_states(one.model, ids, rope_positions([ids.shape[1]])[:, None])
     # This version of transformers hands out the normalised state as the last hidden one; ours is the norm's input.
     assert torch.allclose(language_model.norm(states), normalised, atol=1e-5)
     assert not torch.allclose(states, normalised, atol=1e-2)
@@ -65,9 +46,77 @@ def test_a_prompt_has_the_same_states_beside_a_longer_one_and_padding_is_zero():
     assert not states[0, length:].any()
 
 
-def test_a_prompt_that_is_too_long_is_refused_with_both_numbers():
-    with pytest.raises(UserError, match=r"found 1\d tokens; allowed are 6"):
-        encoder(max_tokens=6).encode([PROMPTS[0]])
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers_and_its_template_does_not_count():
+    one = encoder(max_tokens=12)
+    own = len(one.token_ids(PROMPTS[0]))
+    with pytest.raises(UserError, match=rf"found {own} tokens; allowed are {own - 1}"):
+        encoder(max_tokens=own - 1).encode([PROMPTS[0]])
+    assert encoder(max_tokens=own).encode([PROMPTS[0]])[0].shape[1] == one.num_tokens(PROMPTS[0]) > own
+
+
+def test_prompts_of_1024_tokens_are_read_whole_and_beside_short_ones():
+    one = encoder(max_tokens=1024)
+    (word,) = one.token_ids(" circle")
+    long = " circle" * 1024
+    assert one.token_ids(long) == [word] * 1024
+    packed = one.encode_packed(["a red circle", long])
+    assert packed.lengths == [one.num_tokens("a red circle"), one.num_tokens(long)]
+    assert packed.lengths[1] > 1024
+    assert torch.allclose(packed.split()[0], one.encode(["a red circle"])[0][0], atol=1e-5)
+    assert packed.states.isfinite().all()
+
+
+def test_packed_rows_are_the_padded_ones_in_the_order_of_the_prompts():
+    one = encoder()
+    prompts = ["a", *PROMPTS, "", "a red circle " * 5]
+    packed = one.encode_packed(prompts)
+    states, mask = one.encode(prompts)
+    assert packed.lengths == mask.sum(dim=1).tolist() == [one.num_tokens(prompt) for prompt in prompts]
+    assert packed.segments == [[length] for length in packed.lengths]
+    assert torch.equal(packed.states, states[mask])
+    for row, prompt in zip(packed.split(), prompts, strict=True):
+        assert torch.allclose(row, one.encode([prompt])[0][0], atol=1e-5)
+
+
+def test_batches_keep_to_their_budgets_and_hold_each_sequence_once():
+    lengths = [1000, *[40] * 60, 700, 300, 30]
+    batches = batches_by_length(lengths, max_tokens=2000, max_padding=400)
+    assert sorted(number for batch in batches for number in batch) == list(range(len(lengths)))
+    for batch in batches:
+        padded = len(batch) * max(lengths[number] for number in batch)
+        assert padded <= 2000
+        assert padded - sum(lengths[number] for number in batch) <= 400
+    assert [lengths[batch[0]] for batch in batches] == sorted((lengths[batch[0]] for batch in batches), reverse=True)
+    assert batches_by_length([5000], max_tokens=2000, max_padding=0) == [[0]]
+
+
+def test_a_long_prompt_pads_few_others(monkeypatch):
+    one = encoder(max_tokens=1024)
+    computed = []
+    forward = one.model.model.language_model.forward
+    monkeypatch.setattr(
+        one.model.model.language_model, "forward", lambda **given: (computed.append(given["input_ids"].numel()), forward(**given))
+    )
+    one.encode_packed([*PROMPTS, " circle" * 1000, *PROMPTS])
+    useful = sum(one.num_tokens(prompt) for prompt in [*PROMPTS, *PROMPTS, " circle" * 1000])
+    assert len(computed) == 2
+    assert sum(computed) < useful + 1024 + 19 * 40  # 19 system turns; all padded to the longest would be 19 times 1,000
+
+
+def test_what_reads_the_states_can_be_trained():
+    states = encoder().encode_packed(PROMPTS[:2]).states
+    weight = torch.zeros(states.shape[1], 2, requires_grad=True)
+    (states @ weight).sum().backward()
+    assert torch.allclose(weight.grad[:, 0], states.sum(dim=0), atol=1e-4)
+
+
+def test_states_come_in_the_model_s_type(tmp_path):
+    save_encoder(encoder(), tmp_path)
+    halved = load_encoder(tmp_path, dtype=torch.bfloat16)
+    states = halved.encode_packed(PROMPTS).states
+    exact = encoder().encode_packed(PROMPTS).states
+    assert states.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(states.float(), exact, dim=1).min() > 0.99
 
 
 def test_capital_letters_and_digits_are_tokens_of_their_own_and_any_text_survives():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
 from model_core.data.folders import LocalFolder
@@ -75,3 +76,22 @@ def test_given_weights_are_taken_as_they_are(tmp_path):
     prepare(tmp_path / "taken", given, path=str(tmp_path / "made" / "encoder"))
     made, taken = (load_encoder(tmp_path / name / "encoder") for name in ("made", "taken"))
     assert (made.encode(["a red circle"])[0] == taken.encode(["a red circle"])[0]).all()
+
+
+def test_an_encoder_that_sees_images_has_read_how_they_are_named(tmp_path):
+    given = inputs(tmp_path / "inputs")
+    for sees_images in (False, True):
+        prepare(tmp_path / str(sees_images), given, sees_images=sees_images)
+        one = load_encoder(tmp_path / str(sees_images) / "encoder")
+        assert one.sees_images == sees_images
+        assert (len(one.token_ids("image")) == 1) == sees_images
+
+
+def test_given_weights_keep_their_type(tmp_path):
+    given = inputs(tmp_path / "inputs")
+    prepare(tmp_path / "made", given)
+    load_encoder(tmp_path / "made" / "encoder", dtype=torch.bfloat16).model.save_pretrained(tmp_path / "made" / "encoder")
+    prepare(tmp_path / "taken", given, path=str(tmp_path / "made" / "encoder"))
+    sizes = [(tmp_path / name / "encoder/model.safetensors").stat().st_size for name in ("made", "taken")]
+    assert sizes[0] == sizes[1]
+    assert load_encoder(tmp_path / "taken" / "encoder").model.dtype == torch.float32

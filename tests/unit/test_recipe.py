@@ -31,6 +31,7 @@ MINIMAL = {"name": "tiny", "mmdit": {"stages": {"S1": {}}}}
         ("data.sources=[synthetic://cats]", "the one synthetic source is synthetic://scenes"),
         ("data.scenes.held_out_share=0.9", "data.scenes.held_out_share"),
         ("encoder.num_heads=3", "must be an even multiple of num_heads 3"),
+        ("encoder.sees_images=maybe", "encoder.sees_images"),
         ("sampling.guidance_scale=0.5", "sampling.guidance_scale"),
         ("registry.alias=V 1", "registry.alias"),
         ("edits.operations=[paint]", "edits.operations.0"),
@@ -43,6 +44,14 @@ def test_a_mistake_is_one_sentence_that_names_the_field(assignment, sentence):
     assert message.startswith("recipe here.yaml: ")
     assert sentence in message
     assert "\n" not in message
+
+
+def test_an_encoder_that_sees_images_needs_sides_of_whole_image_tokens():
+    shown = ["encoder.sees_images=true", "mmdit.stages.S1.resolution_px=80"]
+    with pytest.raises(UserError, match=r"mmdit.stages.S1.resolution_px is 80; an encoder that sees images needs multiples of 32"):
+        parse_recipe(override(MINIMAL, shown), "r")
+    assert parse_recipe(override(MINIMAL, [shown[0], "mmdit.stages.S1.resolution_px=96"]), "r").encoder.sees_images
+    assert not parse_recipe(override(MINIMAL, shown[1:]), "r").encoder.sees_images
 
 
 @pytest.mark.parametrize("content", ["", "- a", "a: [", "\tname: x", "name: !!python/object:os.system x"])
