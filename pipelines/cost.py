@@ -19,8 +19,9 @@ from model_core.training.parameters import EncoderSizes, encoder_sizes, mmdit_pa
 from model_core.training.throughput import (
     GPUS,
     Checkpointing,
-    Segments,
+    Sample,
     mmdit_forward_flops,
+    segment_tokens,
     text_encoder_flops,
     training_flops,
     vae_decoder_flops,
@@ -156,21 +157,21 @@ def estimate_cost(recipe: Recipe, hardware: Hardware, *, caption_tokens: int) ->
     )
 
 
-def sample_mix(recipe: Recipe, stage: Stage, *, caption_tokens: int) -> dict[str, list[tuple[float, Segments]]]:
+def sample_mix(recipe: Recipe, stage: Stage, *, caption_tokens: int) -> dict[str, list[tuple[float, Sample]]]:
     """The kinds of samples that a stage draws: by kind, shares of all samples and their tokens. Pictures are squares of the stage's side.
 
     Operations on edits are drawn alike; a multi-reference edit has two condition images, the others one.
     """
-    target = (stage.resolution_px // CompressionRatio) ** 2
+    side = stage.resolution_px // CompressionRatio
     edit = stage.edit_share if "edit" in stage.kinds else 0.0
     text_image = stage.text_image_share if "text_image" in stage.kinds else 0.0
-    plain = Segments(caption_tokens, target)
+    plain: Sample = (caption_tokens, (side, side))
     operations = recipe.edits.operations
-    edits = [Segments(caption_tokens, target, (target,) * (2 if name == "multi_reference" else 1)) for name in operations]
+    edits: list[Sample] = [(caption_tokens, *[(side, side)] * (3 if name == "multi_reference" else 2)) for name in operations]
     mix = {
         "image": [(1.0 - edit - text_image, plain)],
         "text_image": [(text_image, plain)],
-        "edit": [(edit / len(edits), segments) for segments in edits],
+        "edit": [(edit / len(edits), sample) for sample in edits],
     }
     return {kind: members for kind, members in mix.items() if sum(share for share, _ in members) > 1e-9}
 
@@ -182,10 +183,10 @@ def _stage_cost(
     mix = sample_mix(recipe, stage, caption_tokens=caption_tokens)
     members = [member for kind in mix.values() for member in kind]
     samples = stage.steps * stage.batch_size
-    tokens_a_step = round(stage.batch_size * sum(share * segments.tokens for share, segments in members))
+    tokens_a_step = round(stage.batch_size * sum(share * sum(segment_tokens(sample)) for share, sample in members))
     forward = sum(
-        share * mmdit_forward_flops(recipe.mmdit.model, [segments], latent_channels=channels, text_dim=encoder.hidden_size)
-        for share, segments in members
+        share * mmdit_forward_flops(recipe.mmdit.model, [sample], latent_channels=channels, text_dim=encoder.hidden_size)
+        for share, sample in members
     )
     training = training_flops(round(samples * forward))
     encoding = samples * text_encoder_flops(encoder, tokens=caption_tokens)
@@ -199,7 +200,7 @@ def _stage_cost(
         samples=samples,
         tokens_a_step=tokens_a_step,
         tokens=tokens_a_step * stage.steps,
-        longest_sample_tokens=max(segments.tokens for _, segments in members),
+        longest_sample_tokens=max(sum(segment_tokens(sample)) for _, sample in members),
         training_flops=training,
         encoder_flops=encoding,
         gpu_hours=hours,
@@ -213,11 +214,11 @@ def _stage_cost(
     )
 
 
-def _reads(recipe: Recipe, stage: Stage, kind: str, members: list[tuple[float, Segments]], *, ranks: int) -> tuple[float, float]:
+def _reads(recipe: Recipe, stage: Stage, kind: str, members: list[tuple[float, Sample]], *, ranks: int) -> tuple[float, float]:
     """Fetches of row groups for one batch's samples of a kind, and bytes a fetch."""
     share = sum(part for part, _ in members)
-    pictures = sum(part * (1 + len(segments.references)) for part, segments in members) / share
-    row_bytes = pictures * members[0][1].target * recipe.vae.model.latent_channels * BF16
+    pictures = sum(part * (len(sample) - 1) for part, sample in members) / share
+    row_bytes = pictures * segment_tokens(members[0][1])[-1] * recipe.vae.model.latent_channels * BF16
     rows = max(1, int(ROW_GROUP_BYTES // row_bytes))
     window = recipe.mmdit.window_row_groups
     return row_group_reads(samples=share * stage.batch_size, rows=rows, window=window, ranks=share * ranks), rows * row_bytes

@@ -128,8 +128,9 @@ class MMDiT(nn.Module):
         x = torch.cat((self.text_in(text), self.image_in(pictures)))[stream.order]
         rotary = rotary_table(stream.positions, axes=self.config.rope_axes, theta=self.config.rope_theta)
         if self.place_in is not None:
-            is_picture = (stream.order >= len(text))[:, None]
-            x = x + self.place_in(torch.cat(rotary, dim=1).to(x.dtype)) * is_picture
+            is_picture = stream.order >= len(text)
+            places = self.place_in(torch.cat(rotary, dim=1)[is_picture].to(x.dtype))
+            x = x.index_add(0, is_picture.nonzero().squeeze(1), places)
         return x, rotary
 
     def _modulation(self, time: Tensor) -> Tensor:

@@ -41,43 +41,39 @@ GPUS = {
 }
 
 
-@dataclass(frozen=True)
-class Segments:
-    """The tokens of one sample, in the order of the stream: text, condition images, target."""
-
-    text: int
-    target: int
-    references: tuple[int, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        """All of them."""
-        return self.text + sum(self.references) + self.target
+Sample = tuple[int | tuple[int, int], ...]  # so many text tokens, or a picture of (h, w) tokens; the target last
 
 
-def attention_pairs(sample: Segments, *, attention: Literal["full", "block_causal"]) -> int:
+def segment_tokens(sample: Sample) -> list[int]:
+    """Tokens of each segment of a sample."""
+    return [segment if isinstance(segment, int) else segment[0] * segment[1] for segment in sample]
+
+
+def attention_pairs(sample: Sample, *, attention: Literal["full", "block_causal"]) -> int:
     """Pairs of a query and a key that it looks at.
 
     Full: S^2. Block-causal (public code of Qwen-Image-2.1): text token i looks at i + 1 tokens, each image at all before it and itself.
     """
+    lengths = segment_tokens(sample)
     if attention == "full":
-        return sample.tokens**2
-    pairs, before = sample.text * (sample.text + 1) // 2, sample.text
-    for length in (*sample.references, sample.target):
+        return sum(lengths) ** 2
+    pairs = before = 0
+    for segment, length in zip(sample, lengths, strict=True):
+        pairs += length * before + (length * (length + 1) // 2 if isinstance(segment, int) else length**2)
         before += length
-        pairs += length * before
     return pairs
 
 
-def mmdit_forward_flops(config: MMDiTModel, samples: Sequence[Segments], *, latent_channels: int, text_dim: int) -> int:
+def mmdit_forward_flops(config: MMDiTModel, samples: Sequence[Sample], *, latent_channels: int, text_dim: int) -> int:
     """Forward FLOPs of one pass over a packed batch: 2 a parameter and token for linear layers, 4 D a pair for attention.
 
     A layer is counted where it works: text projection on text, image projection on images, the last layer on targets; time embedding
     and the modulation shared by all blocks once a sample, and once more a pass for what is modulated at t = 0.
     """
     width, num = config.width, len(samples)
-    text, target = sum(sample.text for sample in samples), sum(sample.target for sample in samples)
-    stream = sum(sample.tokens for sample in samples)
+    text = sum(segment for sample in samples for segment in sample if isinstance(segment, int))
+    target = sum(segment_tokens(sample)[-1] for sample in samples)
+    stream = sum(sum(segment_tokens(sample)) for sample in samples)
     pairs = sum(attention_pairs(sample, attention=config.attention) for sample in samples)
     image_in = latent_channels * width + (config.head_dim * width if config.place_input else 0)
     times = num + (1 if config.condition_at_t0 else 0)

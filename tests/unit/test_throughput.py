@@ -10,8 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_core.documents import UserError
-from model_core.models.condition import last_states, tiny_qwen3_vl
+from model_core.models.condition import last_states
 from model_core.models.mmdit import MMDiT
+from model_core.models.stream import pack
+from model_core.models.tiny_vlm import tiny_qwen3_vl
 from model_core.models.vae import ResidualVAE
 from model_core.recipe import Encoder, MMDiTModel, VAEModel
 from model_core.training.parameters import (
@@ -24,11 +26,12 @@ from model_core.training.parameters import (
 )
 from model_core.training.throughput import (
     GPUS,
-    Segments,
+    Sample,
     attention_pairs,
     flops_utilisation,
     goodput,
     mmdit_forward_flops,
+    segment_tokens,
     text_encoder_flops,
     training_flops,
     vae_decoder_flops,
@@ -36,6 +39,7 @@ from model_core.training.throughput import (
 )
 
 TINY = MMDiTModel(num_layers=2, num_heads=2, head_dim=16, rope_axes=(4, 6, 6))
+SAMPLE = (5, (2, 2), (2, 3))
 TINY_VAE = VAEModel(stem_fold=8, encoder_widths=[16, 24], decoder_widths=[24, 16], encoder_blocks=1, decoder_blocks=2)
 TINY_ENCODER = Encoder(hidden_size=32, num_layers=2, num_heads=2, vocab_size=400)
 
@@ -49,36 +53,35 @@ def counted(run: Any) -> int:
 
 def tiny_run(config: MMDiTModel) -> tuple[MMDiT, tuple[Any, ...]]:
     model = MMDiT(config, latent_channels=8, text_dim=12)
-    text_mask = torch.ones(1, 5, dtype=torch.bool)
-    return model, (torch.randn(1, 6, 8), torch.rand(1), torch.randn(1, 5, 12), text_mask, (2, 3), [(torch.randn(1, 4, 8), (2, 2))])
+    return model, (torch.randn(10, 8), torch.randn(5, 12), torch.rand(1), pack([SAMPLE], config))
 
 
 @pytest.mark.parametrize("changes", [{}, {"place_input": True}, {"condition_at_t0": True}, {"mlp_ratio": 2.5}])
 def test_forward_flops_of_the_transformer_are_those_that_pytorch_counts(changes: dict[str, Any]) -> None:
     config = TINY.model_copy(update=changes)
     model, inputs = tiny_run(config)
-    assert mmdit_forward_flops(config, [Segments(5, 6, (4,))], latent_channels=8, text_dim=12) == counted(lambda: model(*inputs))
+    assert mmdit_forward_flops(config, [SAMPLE], latent_channels=8, text_dim=12) == counted(lambda: model(*inputs))
 
 
 def test_training_is_three_times_the_forward_pass_but_for_inputs_that_need_no_gradient() -> None:
     model, inputs = tiny_run(TINY)
     measured = counted(lambda: model(*inputs).sum().backward())
-    predicted = training_flops(mmdit_forward_flops(TINY, [Segments(5, 6, (4,))], latent_channels=8, text_dim=12))
+    predicted = training_flops(mmdit_forward_flops(TINY, [SAMPLE], latent_channels=8, text_dim=12))
     assert measured == pytest.approx(predicted, rel=0.02)
     assert measured <= predicted
 
 
 def test_a_packed_batch_is_the_sum_of_its_samples() -> None:
-    samples = [Segments(5, 6, (4,)), Segments(3, 9), Segments(7, 4, (2, 2))]
+    samples = [SAMPLE, (3, (3, 3)), (7, (1, 2), 1, (2, 1), (2, 2))]
     alone = sum(mmdit_forward_flops(TINY, [sample], latent_channels=8, text_dim=12) for sample in samples)
     assert mmdit_forward_flops(TINY, samples, latent_channels=8, text_dim=12) == alone
 
 
-@pytest.mark.parametrize("sample", [Segments(5, 6), Segments(3, 4, (2,)), Segments(1, 3, (2, 5))])
-def test_block_causal_pairs_are_those_of_the_mask_counted_one_by_one(sample: Segments) -> None:
-    owner = ["text"] * sample.text
-    for number, length in enumerate((*sample.references, sample.target)):
-        owner += [f"image {number}"] * length
+@pytest.mark.parametrize("sample", [(5, (2, 3)), (3, (1, 2), (2, 2)), (1, (2, 1), 4, (1, 5), (1, 3))])
+def test_block_causal_pairs_are_those_of_the_mask_counted_one_by_one(sample: Sample) -> None:
+    owner = []
+    for number, (segment, length) in enumerate(zip(sample, segment_tokens(sample), strict=True)):
+        owner += ["text" if isinstance(segment, int) else f"image {number}"] * length
     seen = [
         (query, key)
         for query in range(len(owner))
@@ -101,9 +104,9 @@ def test_block_causal_pairs_are_those_of_the_mask_counted_one_by_one(sample: Seg
     ],
 )
 def test_a_sample_of_the_published_model_takes_known_flops(side_px: int, references: int, attention: Any, teraflops: float) -> None:
-    image = (side_px // 16) ** 2
+    image = (side_px // 16, side_px // 16)
     config = MMDiTModel(attention=attention)
-    forward = mmdit_forward_flops(config, [Segments(256, image, (image,) * references)], latent_channels=64, text_dim=4096)
+    forward = mmdit_forward_flops(config, [(256, *[image] * (references + 1))], latent_channels=64, text_dim=4096)
     assert training_flops(forward) / 1e12 == pytest.approx(teraflops, rel=0.01)
 
 
@@ -130,7 +133,8 @@ def test_flops_of_the_cosine_shortcut_count() -> None:
 def test_flops_of_the_condition_encoder_are_those_that_pytorch_counts() -> None:
     model = tiny_qwen3_vl(TINY_ENCODER, num_tokens=400, seed=0)
     ids = torch.ones(1, 7, dtype=torch.long)
-    assert text_encoder_flops(encoder_sizes(TINY_ENCODER), tokens=7) == counted(lambda: last_states(model, ids, ids.bool()))
+    places = torch.arange(7).expand(3, 1, 7)
+    assert text_encoder_flops(encoder_sizes(TINY_ENCODER), tokens=7) == counted(lambda: last_states(model, ids, places))
 
 
 @pytest.mark.parametrize("config", [MMDiTModel(), MMDiTModel(place_input=True), TINY])
