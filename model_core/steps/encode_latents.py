@@ -22,9 +22,11 @@ from model_core.data.latents import CAPTIONS, HELD_OUT, TRAIN, Bucket, LatentRow
 from model_core.data.pixels import image_tensor
 from model_core.data.shards import RawRow, decode_image, read_kept_rows
 from model_core.models.condition import load_encoder
+from model_core.models.tiling import encode_pictures
 from model_core.models.vae import ResidualVAE, load_vae
 
 BATCH_IMAGES = 64
+BATCH_PIXELS = 2048 * 2048  # at once through the autoencoder, or one picture
 
 
 def run(context: StepContext) -> dict[str, Any]:
@@ -92,5 +94,9 @@ def _encode(vae: ResidualVAE, images: list[Image.Image]) -> list[Tensor]:
     """Standardised latents (C, h, w) of pictures of one size."""
     if not images:
         return []
-    latents = vae.standardise(vae.encode(torch.stack([image_tensor(image) for image in images])))
-    return list(latents.contiguous())
+    batch = max(1, BATCH_PIXELS // (images[0].width * images[0].height))
+    latents = []
+    for start in range(0, len(images), batch):
+        part = torch.stack([image_tensor(image) for image in images[start : start + batch]])
+        latents += list(vae.standardise(encode_pictures(vae, part)).contiguous())
+    return latents
