@@ -195,7 +195,7 @@ def _our_config(config: dict[str, Any]) -> VAEModel:
         pixel_channels=channels,
         mixers=False,
         post_quant_conv=True,
-        temporal_folds=config["temperal_downsample"],
+        temporal_folds=config["temperal_downsample"] if any(config["temperal_downsample"]) else [],
         norm_eps=NORM_EPS,
     )
 

@@ -52,14 +52,14 @@ EVAL_BATCH = 64
 def run(context: StepContext) -> dict[str, Any]:
     """Trains to the end; returns held-out scores, counts and times."""
     config, seed, ranks = context.recipe.vae, context.recipe.seed, context.ranks
+    torch.use_deterministic_algorithms(True)
     teacher, lpips = _teacher(config), None if config.lpips_path is None else load_lpips(Path(config.lpips_path).expanduser())
+    torch.manual_seed(seed)  # modules draw their initial weights from the global generator
+    model = AlignedVAE(_initial_vae(config), teacher_dim=teacher.dim)
     began = time.monotonic()
     pictures, held_out = _read_pictures(context)
     data_seconds = time.monotonic() - began
 
-    torch.use_deterministic_algorithms(True)
-    torch.manual_seed(seed)  # modules draw their initial weights from the global generator
-    model = AlignedVAE(_initial_vae(config), teacher_dim=teacher.dim)
     ema = ema_of(model.vae)
     optimizer = Optimizer(
         model, lr=config.lr, warmup_steps=config.warmup_steps, betas=BETAS, weight_decay=config.weight_decay, grad_clip=config.grad_clip
@@ -199,6 +199,8 @@ def _initial_vae(config: VAE) -> ResidualVAE:
     if config.path is None:
         return ResidualVAE(config.model)
     folder = Path(config.path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"vae.path: {folder} holds no config.json; allowed is a folder of a VAE's weights, this project's or diffusers'")
     return (read_diffusers(folder) if is_diffusers(folder) else load_vae(folder)).train()
 
 

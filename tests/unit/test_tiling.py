@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_core.data.pixels import image_tensor, tensor_image
 from model_core.models import tiling
 from model_core.models.tiling import decode_pictures, decode_tiled, encode_pictures, encode_tiled
 from model_core.models.vae import ResidualVAE
 from model_core.recipe import VAEModel
+from model_core.steps import encode_latents
 
 TINY = {"stem_fold": 8, "encoder_widths": [8, 8], "decoder_widths": [8, 8], "encoder_blocks": 1, "decoder_blocks": 1, "latent_channels": 8}
 # Convolutions reach 7 latent places and 4 of 8 px on the way in, 7 and 4 on the way out, and one more for the stride: 152 px.
@@ -108,3 +110,15 @@ def test_a_model_of_rgba_sees_rgb_as_opaque_and_gives_rgb() -> None:
     latents = encode_pictures(vae, images)
     assert torch.equal(latents, vae.encode(torch.cat((images, torch.ones(1, 1, 32, 32)), dim=1)))
     assert torch.equal(decode_pictures(vae, latents), vae.decode(latents)[:, :3])
+
+
+def test_latents_are_encoded_in_batches_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode_latents, "BATCH_PIXELS", 2 * 32 * 48)
+    vae, encode = vae_of(), ResidualVAE.encode
+    sizes = []
+    vae.encode = lambda images: sizes.append(len(images)) or encode(vae, images)  # type: ignore[method-assign,func-returns-value]
+    images = [tensor_image(image) for image in pictures(5, 3, 32, 48)]
+    latents = encode_latents._encode(vae, images)
+    assert sizes == [2, 2, 1]
+    whole = vae.standardise(encode(vae, torch.stack([image_tensor(image) for image in images])))
+    torch.testing.assert_close(torch.stack(latents), whole, atol=1e-5, rtol=1e-5)
