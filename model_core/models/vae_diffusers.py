@@ -26,6 +26,11 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
 NORM_EPS = 1e-24  # they divide by the norm itself, which is kept above 1e-12
 LEAST_LOG_VARIANCE = -30.0  # diffusers clamps there
+STATISTICS = ("latent_mean", "latent_std")  # in their configuration, not in the state dict
+READ = {  # fields of their configuration that must be there
+    *("base_dim", "z_dim", "dim_mult", "num_res_blocks", "temperal_downsample"),
+    *("latents_mean", "latents_std", "is_residual", "in_channels", "out_channels"),
+}
 
 # Ours to theirs, in this order.
 RENAMES = (
@@ -43,98 +48,60 @@ RENAMES = (
 )
 
 
-def their_name(name: str) -> str:
-    """Their name of one of our parameters."""
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def to_diffusers(vae: ResidualVAE) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Their configuration and state dict; raises UserError for a model that they cannot represent."""
     config = vae.config
-    widths = config.encoder_widths
-    multipliers = _multipliers(config)
-    latent, fold = config.latent_channels, config.stem_fold
+    channels = config.pixel_channels * config.stem_fold**2
     settings = {
         "_class_name": CLASS_NAME,
-        "base_dim": widths[0],
+        "base_dim": config.encoder_widths[0],
         "decoder_base_dim": config.decoder_widths[-1],
-        "z_dim": latent,
-        "dim_mult": multipliers,
+        "z_dim": config.latent_channels,
+        "dim_mult": _multipliers(config),
         "num_res_blocks": config.encoder_blocks,
         "attn_scales": [],
-        "temperal_downsample": config.temporal_folds or [False] * (len(widths) - 1),
+        "temperal_downsample": config.temporal_folds or [False] * (len(config.encoder_widths) - 1),
         "dropout": 0.0,
         "latents_mean": vae.latent_mean.tolist(),
         "latents_std": vae.latent_std.tolist(),
         "is_residual": True,
-        "in_channels": config.pixel_channels * fold**2,
-        "out_channels": config.pixel_channels * fold**2,
-        "patch_size": None if fold == 1 else fold,
+        "in_channels": channels,
+        "out_channels": channels,
+        "patch_size": None if config.stem_fold == 1 else config.stem_fold,
         "scale_factor_temporal": 2 ** sum(config.temporal_folds),
         "scale_factor_spatial": CompressionRatio,
     }
-    state = {}
-    for name, value in vae.state_dict().items():
-        if name in ("latent_mean", "latent_std"):
-            continue
-        theirs = their_name(name)
-        # The attention's norm sees pictures, all others videos; each keeps that many axes of size one.
-        axes = 2 if ".attentions." in theirs else 3
-        state[theirs] = value.reshape(-1, *[1] * axes) if theirs.endswith(".gamma") else value.contiguous()
-    state["encoder.conv_in.weight"] = _swap_patch(state["encoder.conv_in.weight"], fold, dim=1)
-    for part in ("weight", "bias"):
-        state[f"decoder.conv_out.{part}"] = _swap_patch(state[f"decoder.conv_out.{part}"], fold, dim=0)
-        mean = state[f"encoder.conv_out.{part}"]
-        state[f"encoder.conv_out.{part}"] = torch.cat((mean, torch.zeros_like(mean)))
-    dtype = vae.latent_mean.dtype
-    state["quant_conv.weight"] = torch.eye(2 * latent, dtype=dtype)[..., None, None]
-    state["quant_conv.bias"] = torch.zeros(2 * latent, dtype=dtype)
-    state["quant_conv.bias"][latent:] = LEAST_LOG_VARIANCE
-    if not config.post_quant_conv:
-        state["post_quant_conv.weight"] = torch.eye(latent, dtype=dtype)[..., None, None]
-        state["post_quant_conv.bias"] = torch.zeros(latent, dtype=dtype)
-    for level in (level for level, temporal in enumerate(config.temporal_folds) if temporal):
-        down, up = widths[level], config.decoder_widths[-2 - level]
-        for prefix, width, outputs in (
-            (f"encoder.down_blocks.{level}.downsampler", down, down),
-            (f"decoder.up_blocks.{len(widths) - 2 - level}.upsampler", up, 2 * up),
-        ):
-            state[f"{prefix}.time_conv.weight"] = torch.zeros(outputs, width, 1, 1, dtype=dtype)
-            state[f"{prefix}.time_conv.bias"] = torch.zeros(outputs, dtype=dtype)
-    return settings, state
+    return settings, _their_state(vae)
 
 
 def from_diffusers(config: dict[str, Any], state: dict[str, Tensor]) -> ResidualVAE:
-    """The autoencoder of their configuration and state dict, in evaluation mode.
+    """The autoencoder of their configuration and state dict, in single precision and evaluation mode.
 
     Raises UserError for a configuration that this one cannot represent and for a state dict that does not fit it.
     """
-    vae = ResidualVAE(_our_config(config))
+    with torch.device("meta"):  # weights that come from elsewhere need no drawing
+        vae = ResidualVAE(_our_config(config))
+        expected = _their_state(vae)
+    for name in sorted(expected.keys() | state.keys()):
+        if ".time_conv." in name:
+            continue
+        if name not in state or name not in expected:
+            verb = "hold an unknown" if name in state else "lack"
+            raise UserError(f"VAE: the weights of {CLASS_NAME} {verb} {name}; allowed are those of its config")
+        if state[name].shape != expected[name].shape:
+            found, allowed = tuple(state[name].shape), tuple(expected[name].shape)
+            raise UserError(f"VAE: {name} has shape {found}; its config allows {allowed}")
+    theirs = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
     fold, latent = vae.config.stem_fold, vae.config.latent_channels
-    theirs = {name: value for name, value in state.items() if ".time_conv." not in name}
-    wanted = {their_name(name): name for name in vae.state_dict() if name not in ("latent_mean", "latent_std")}
-    names = {*wanted, "quant_conv.weight", "quant_conv.bias"}
-    if names != theirs.keys():
-        odd = min(names ^ theirs.keys())
-        raise UserError(
-            f"VAE: its {CLASS_NAME} weights {'lack' if odd in names else 'hold an unknown'} {odd}; allowed are those of its config"
-        )
-    theirs = {name: value.float() for name, value in theirs.items()}
     theirs |= _fold_quant_conv(theirs, latent)
     theirs["encoder.conv_in.weight"] = _swap_patch(theirs["encoder.conv_in.weight"], fold, dim=1)
     for part in ("weight", "bias"):
         theirs[f"decoder.conv_out.{part}"] = _swap_patch(theirs[f"decoder.conv_out.{part}"], fold, dim=0)
-    ours = {name: theirs[their] for their, name in wanted.items()}
-    ours = {name: value.flatten() if name.endswith(".gamma") else value for name, value in ours.items()}
-    for name in ("latent_mean", "latent_std"):
+    ours = {name: theirs[_their_name(name)].reshape(value.shape) for name, value in vae.named_parameters()}
+    for name in STATISTICS:
         ours[name] = torch.tensor(config[name.replace("latent_", "latents_")], dtype=torch.float32)
-    for name, value in vae.state_dict().items():
-        if ours[name].shape != value.shape:
-            raise UserError(f"VAE: {their_name(name)} has shape {tuple(ours[name].shape)}; its config asks for {tuple(value.shape)}")
-    vae.load_state_dict(ours)
-    return vae.eval()
+    vae.load_state_dict(ours, assign=True)
+    return vae.to(memory_format=torch.channels_last).eval()
 
 
 def write_diffusers(vae: ResidualVAE, folder: Path) -> None:
@@ -146,8 +113,12 @@ def write_diffusers(vae: ResidualVAE, folder: Path) -> None:
 
 
 def is_diffusers(folder: Path) -> bool:
-    """Whether a folder's `config.json` is of their autoencoder."""
-    return json.loads((folder / CONFIG).read_text()).get("_class_name") == CLASS_NAME
+    """Whether a folder's `config.json` is of their autoencoder; raises UserError for one that is not JSON."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise UserError(f"VAE {folder}: {CONFIG} is not JSON ({error})") from error
+    return isinstance(config, dict) and config.get("_class_name") == CLASS_NAME
 
 
 def read_diffusers(folder: Path) -> ResidualVAE:
@@ -167,8 +138,49 @@ def read_diffusers(folder: Path) -> ResidualVAE:
     return from_diffusers(config, state)
 
 
+def _their_state(vae: ResidualVAE) -> dict[str, Tensor]:
+    """Their state dict, what a picture never reads included."""
+    config, dtype = vae.config, vae.latent_mean.dtype
+    latent, fold, last = config.latent_channels, config.stem_fold, len(config.encoder_widths) - 1
+    state = {}
+    for name, value in vae.state_dict().items():
+        theirs = _their_name(name)
+        # The attention's norm sees pictures, all others videos; each keeps that many axes of size one.
+        axes = 2 if ".attentions." in theirs else 3
+        if name not in STATISTICS:
+            state[theirs] = value.reshape(-1, *[1] * axes) if theirs.endswith(".gamma") else value.contiguous()
+    state["encoder.conv_in.weight"] = _swap_patch(state["encoder.conv_in.weight"], fold, dim=1)
+    for part in ("weight", "bias"):
+        state[f"decoder.conv_out.{part}"] = _swap_patch(state[f"decoder.conv_out.{part}"], fold, dim=0)
+        mean = state[f"encoder.conv_out.{part}"]
+        state[f"encoder.conv_out.{part}"] = torch.cat((mean, torch.zeros_like(mean)))
+    state["quant_conv.weight"] = torch.eye(2 * latent, dtype=dtype)[..., None, None]
+    state["quant_conv.bias"] = torch.cat((torch.zeros(latent, dtype=dtype), torch.full((latent,), LEAST_LOG_VARIANCE, dtype=dtype)))
+    if not config.post_quant_conv:
+        state["post_quant_conv.weight"] = torch.eye(latent, dtype=dtype)[..., None, None]
+        state["post_quant_conv.bias"] = torch.zeros(latent, dtype=dtype)
+    for level in (level for level, temporal in enumerate(config.temporal_folds) if temporal):
+        down, up = config.encoder_widths[level], config.decoder_widths[last - 1 - level]
+        for prefix, width, outputs in (
+            (f"encoder.down_blocks.{level}.downsampler", down, down),
+            (f"decoder.up_blocks.{last - 1 - level}.upsampler", up, 2 * up),
+        ):
+            state[f"{prefix}.time_conv.weight"] = torch.zeros(outputs, width, 1, 1, dtype=dtype)
+            state[f"{prefix}.time_conv.bias"] = torch.zeros(outputs, dtype=dtype)
+    return state
+
+
+def _their_name(name: str) -> str:
+    """Their name of one of our parameters."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def _our_config(config: dict[str, Any]) -> VAEModel:
     """Raises UserError that names the field of theirs which stands in the way."""
+    if missing := READ - config.keys():
+        raise UserError(f"VAE: the config of {CLASS_NAME} lacks {min(missing)}; allowed is one that diffusers wrote")
     multipliers, fold = config["dim_mult"], config.get("patch_size") or 1
     channels, remainder = divmod(config["in_channels"], fold**2)
     for field, allowed, problem in (
