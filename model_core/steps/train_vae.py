@@ -103,7 +103,7 @@ def run(context: StepContext) -> dict[str, Any]:
         return {}
 
     assert isinstance(ema, ResidualVAE)
-    return _publish(context, ema=ema, pictures=pictures, held_out=held_out, curves=curves) | {
+    return _publish(context, ema=ema, pictures=pictures, held_out=held_out, curves=curves, lpips=lpips) | {
         "steps": config.steps,
         "ranks": ranks.size,
         "pictures": len(pictures),
@@ -204,7 +204,9 @@ def _initial_vae(config: VAE) -> ResidualVAE:
     return (read_diffusers(folder) if is_diffusers(folder) else load_vae(folder)).train()
 
 
-def _publish(context: StepContext, *, ema: ResidualVAE, pictures: list[bytes], held_out: list[RawRow], curves: Curves) -> dict[str, Any]:
+def _publish(
+    context: StepContext, *, ema: ResidualVAE, pictures: list[bytes], held_out: list[RawRow], curves: Curves, lpips: LPIPS | None
+) -> dict[str, Any]:
     """Sets the latents' statistics and writes weights, curves and the sheet; returns the scores."""
     config, seed = context.recipe.vae, context.recipe.seed
     order = keyed_generator(seed, "vae", "statistics").permutation(len(pictures))[:STATISTICS_IMAGES]
@@ -215,7 +217,7 @@ def _publish(context: StepContext, *, ema: ResidualVAE, pictures: list[bytes], h
     scored = [(row.kind, row.image) for row in held_out] or [("trained", picture) for picture in pictures]
     scored = [scored[index] for index in keyed_generator(seed, "vae", "scores").permutation(len(scored))[:SCORED_IMAGES]]
     images = _squares([picture for _, picture in scored], config.crop_px)
-    scores = score(ema, images, [kind for kind, _ in scored])
+    scores = score(ema, images, [kind for kind, _ in scored], lpips=lpips)
     show(ema, images[:SHOWN_IMAGES], context.output / "reconstructions.png")
     context.log({f"val/{name}": value for name, value in scores.items()}, step=config.steps)
     context.tracker.image("reconstructions", context.output / "reconstructions.png", config.steps)
@@ -237,11 +239,14 @@ def set_statistics(vae: ResidualVAE, images: Tensor) -> None:
 
 
 @torch.inference_mode()
-def score(vae: ResidualVAE, images: Tensor, kinds: Sequence[str]) -> dict[str, float]:
-    """Mean PSNR (dB) and SSIM of the reconstructions; PSNR also a kind."""
+def score(vae: ResidualVAE, images: Tensor, kinds: Sequence[str], *, lpips: LPIPS | None = None) -> dict[str, float]:
+    """Mean PSNR (dB) and SSIM of the reconstructions, and LPIPS on VGG16 if given; PSNR also a kind."""
     pairs = [(decode_pictures(vae, encode_pictures(vae, part)), part) for part in images.split(EVAL_BATCH)]
     decibels, similarity = (torch.cat([metric(*pair) for pair in pairs]) for metric in (psnr, ssim))
     result = {"psnr": round(decibels.mean().item(), 4), "ssim": round(similarity.mean().item(), 5)}
+    if lpips is not None:
+        distances = torch.cat([lpips(decoded.clamp(-1, 1), originals) for decoded, originals in pairs])
+        result["lpips_vgg16"] = round(distances.mean().item(), 5)
     for kind in sorted(set(kinds)):
         chosen = torch.tensor([other == kind for other in kinds])
         result[f"psnr_{kind}"] = round(decibels[chosen].mean().item(), 4)

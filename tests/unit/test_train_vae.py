@@ -25,6 +25,7 @@ from model_core.data.shards import RawRow, encode_image, make_row, write_rows
 from model_core.data.synthetic import render, training_scene
 from model_core.documents import UserError
 from model_core.evaluation.reconstruction import psnr
+from model_core.models.lpips import load_lpips
 from model_core.models.teacher import OrientedEdges
 from model_core.models.vae import ResidualVAE, load_vae
 from model_core.models.vae_diffusers import write_diffusers
@@ -286,8 +287,13 @@ def test_lpips_and_dinov2_from_their_paths_teach(context_of: Callable[..., StepC
         "mse_weight": 0.0,
         "edge_weight": 0.0,
     }
-    context = context_of("run", scene_rows(4, held_out=1), **changes)
-    run(context)
+    rows = scene_rows(4, held_out=1)
+    context = context_of("run", rows, **changes)
+    stats = run(context)
+    vae, images = load_vae(context.output / "vae"), torch.stack([tensor_of(row) for row in rows[:1]])
+    with torch.inference_mode():
+        distance = load_lpips(tmp_path / "lpips.safetensors")(vae(images).clamp(-1, 1), images).item()
+    assert stats["lpips_vgg16"] == pytest.approx(distance, abs=1e-4)
     point = json.loads((context.output / "curves.json").read_text())[-1]
     assert set(point) == {"step", "loss", "l1", "mse", "edge", "align", "lpips", "grad_norm"}
     assert point["loss"] == pytest.approx(point["l1"] + 0.1 * point["align"] + 0.5 * point["lpips"], rel=1e-5)
