@@ -53,6 +53,26 @@ def test_ssim_agrees_with_scikit_image() -> None:
     np.testing.assert_allclose(ssim(noisy, smooth).numpy(), expected, atol=1e-9)
 
 
+def test_ssim_agrees_with_a_brute_force_over_windows() -> None:
+    """Wang et al. 2004, equation 13, on one channel of bytes scaled to 0..1."""
+    noisy, smooth = noisy_pairs()
+    a, b = (as_arrays(images)[1, :14, :13].astype(float) / 255 for images in (noisy, smooth))
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    scores = []
+    for row, column, channel in np.ndindex(4, 3, 3):
+        x, y = (image[row : row + 11, column : column + 11, channel] for image in (a, b))
+        mean_x, mean_y = (window * x).sum(), (window * y).sum()
+        spread_x, spread_y = (window * (x - mean_x) ** 2).sum(), (window * (y - mean_y) ** 2).sum()
+        joint = (window * (x - mean_x) * (y - mean_y)).sum()
+        scores.append(
+            (2 * mean_x * mean_y + 0.01**2) * (2 * joint + 0.03**2) / ((mean_x**2 + mean_y**2 + 0.01**2) * (spread_x + spread_y + 0.03**2))
+        )
+    found = ssim(noisy[1:2, :, :14, :13], smooth[1:2, :, :14, :13]).item()
+    assert found == pytest.approx(np.mean(scores), abs=1e-9)
+
+
 def test_equal_pictures_score_best() -> None:
     _, smooth = noisy_pairs()
     assert torch.equal(psnr(smooth, smooth), torch.full((3,), 100.0, dtype=torch.float64))
