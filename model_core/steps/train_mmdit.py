@@ -24,6 +24,7 @@ from model_core.data.row_groups import RowGroups
 from model_core.documents import UserError
 from model_core.models.condition import ConditionEncoder, load_encoder
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
+from model_core.training.activation_statistics import activation_statistics
 from model_core.training.checkpoint import CheckpointStore, Stateful
 from model_core.training.curves import Curves
 from model_core.training.distributed import training_device, whole
@@ -31,6 +32,7 @@ from model_core.training.ema import ema_of, update_ema
 from model_core.training.guard import StepGuard, TrainingDiverged
 from model_core.training.ledger import FILE_NAME as LEDGER
 from model_core.training.ledger import Ledger, LedgerError, check_ledger, ledger_document, plan_document
+from model_core.training.meter import Meter, peak_flops_of_this_gpu
 from model_core.training.optim import Optimizer
 from model_core.training.parallel import check_layout, lay_out, prepare, shard
 from model_core.training.passes import Passes
@@ -77,31 +79,37 @@ def run(context: StepContext) -> dict[str, Any]:
     passes = Passes(encoder, layout, bfloat16=recipe.precision == "bf16")
     curves, ledger, guard = Curves("loss", "grad_norm"), Ledger(), StepGuard(recipe.guard)
     stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
-    first = resume(context.checkpoints, stateful, ledger, guard)
+    meter = Meter(ranks.size, peak_flops_of_this_gpu(), began_at=time.time())
+    first = resume(context.checkpoints, stateful, ledger, guard, meter)
 
     def save(step: int) -> None:
         ledger.join(ranks)
-        notes = {"ledger": ledger.state_dict(), "guard": guard.state_dict(), "plan": plan_document(plan), "recipe": context.recipe.digest()}
-        context.checkpoints.save(step, stateful, notes=notes)
+        told = {"ledger": ledger.state_dict(), "guard": guard.state_dict(), "meter": meter.state_dict()}
+        context.checkpoints.save(step, stateful, notes=told | {"plan": plan_document(plan), "recipe": context.recipe.digest()})
 
     began = time.monotonic()
     with noting_sigterm() as stop:
         for step, batch in enumerate(loader.stream(first, stage.steps), first):
-            done = step + 1
-            loss = passes.backward(model, batch)
+            done, step_began = step + 1, time.monotonic()
+            logged = done % recipe.log_every_steps == 0 or done == stage.steps
+            with activation_statistics(model, active=logged) as activations:
+                result = passes.backward(model, batch)
             norm = optimizer.clip()
-            verdict = guard.judge(done, loss=loss.item(), grad_norm=norm.item())
+            verdict = guard.judge(done, loss=result.loss.item(), grad_norm=norm.item())
             if verdict == "good":
                 optimizer.step(step)
                 update_ema(ema, model, step=step, decay=recipe.ema_decay)
-                curves.add(loss.cpu(), norm.cpu())
+                curves.add(result.loss.cpu(), norm.cpu())
             else:
                 optimizer.clear()
                 context.say(guard.newest)
+            meter.add(time.monotonic() - step_began, tokens=result.num_tokens, flops=result.flops, good=verdict == "good")
             ledger.add(batch.ids if layout.context.is_first else {}, batch.missing if layout.context.is_first else {})
             if verdict == "roll back":
                 roll_back(context.checkpoints, stateful, curves, guard)
-            if curves.count and (done % recipe.log_every_steps == 0 or done == stage.steps):
+            if logged:
+                context.log(meter.close() | {f"activations/{name}": value.item() for name, value in activations.items()}, step=done)
+            if logged and curves.count:
                 point = curves.close(done)
                 waited = loader.waited_seconds / (time.monotonic() - began)
                 context.log({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"], "data/wait_share": waited}, step=done)
@@ -177,13 +185,14 @@ def open_groups(context: StepContext, index: Index) -> RowGroups[LatentGroup]:
     return RowGroups(context.inputs["latents"], index, latent_group, capacity=2 * (window + 1) * len(kinds), say=context.progress.say)
 
 
-def resume(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], ledger: Ledger, guard: StepGuard) -> int:
+def resume(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], ledger: Ledger, guard: StepGuard, meter: Meter) -> int:
     """Takes up the newest checkpoint; returns its step, which is 0 when there is none."""
     found = checkpoints.restore(parts)
     if found is None:
         return 0
     ledger.load_state_dict(found.notes["ledger"])
     guard.load_state_dict(found.notes["guard"])
+    meter.load_state_dict(found.notes["meter"])
     return found.step
 
 

@@ -63,25 +63,27 @@ def encoder_convolutions(config: VAEModel) -> list[Convolution]:
     """Every convolution of the VAE's encoder, in order."""
     widths = config.encoder_widths
     at: int = config.stem_fold
-    found = [Convolution(RGB * at**2, widths[0], 3, at)]
+    found = [Convolution(config.pixel_channels * at**2, widths[0], 3, at)]
     for index, (before, width) in enumerate(itertools.pairwise([widths[0], *widths])):
         found += _residual_blocks(before, width, config.encoder_blocks, at)
         if index < len(widths) - 1:
             at *= 2
-            found += [Convolution(width, width, 3, at), Convolution(width, 2 * width, 1, at)]
+            found += [Convolution(width, width, 3, at), *_mixer(width, config, at)]
     return [*found, *_mid_block(widths[-1], config), Convolution(widths[-1], config.latent_channels, 3, at, norm=widths[-1])]
 
 
 def decoder_convolutions(config: VAEModel) -> list[Convolution]:
     """Every convolution of the VAE's decoder, in order."""
     widths, at = config.decoder_widths, CompressionRatio
-    found = [Convolution(config.latent_channels, widths[0], 3, at), *_mid_block(widths[0], config)]
+    channels = config.latent_channels
+    found = [Convolution(channels, channels, 1, at)] if config.post_quant_conv else []
+    found += [Convolution(channels, widths[0], 3, at), *_mid_block(widths[0], config)]
     for index, (before, width) in enumerate(itertools.pairwise([widths[0], *widths])):
         found += _residual_blocks(before, width, config.decoder_blocks, at)
         if index < len(widths) - 1:
             at //= 2
-            found += [Convolution(width, 2 * width, 1, 2 * at), Convolution(width, width, 3, at)]
-    return [*found, Convolution(widths[-1], RGB * at**2, 3, at, norm=widths[-1])]
+            found += [*_mixer(width, config, 2 * at), Convolution(width, width, 3, at)]
+    return [*found, Convolution(widths[-1], config.pixel_channels * at**2, 3, at, norm=widths[-1])]
 
 
 def vae_parameters(config: VAEModel) -> dict[str, int]:
@@ -96,6 +98,10 @@ def _residual_blocks(dim_in: int, dim_out: int, count: int, at: int) -> list[Con
         found += [Convolution(before, dim_out, 3, at, norm=before), Convolution(dim_out, dim_out, 3, at, norm=dim_out)]
         found += [] if before == dim_out else [Convolution(before, dim_out, 1, at)]
     return found
+
+
+def _mixer(dim: int, config: VAEModel, at: int) -> list[Convolution]:
+    return [Convolution(dim, 2 * dim, 1, at)] if config.mixers else []
 
 
 def _mid_block(dim: int, config: VAEModel) -> list[Convolution]:

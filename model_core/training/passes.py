@@ -14,6 +14,16 @@ from model_core.models.stream import pack
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
 from model_core.training.distributed import is_sharded, max_over_ranks, sum_gradients, sum_over_ranks
 from model_core.training.parallel import Layout
+from model_core.training.throughput import mmdit_forward_flops, training_flops
+
+
+@dataclass(frozen=True)
+class Done:
+    """What the passes of a global batch gave: its mean loss, detached; its tokens and model FLOPs."""
+
+    loss: Tensor
+    num_tokens: int
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -24,24 +34,28 @@ class Passes:
     layout: Layout
     bfloat16: bool = False
 
-    def backward(self, model: MMDiT, batch: Batch) -> Tensor:
-        """Adds up the gradients of the global batch's mean loss, over all ranks; returns that loss, detached, on every rank."""
+    def backward(self, model: MMDiT, batch: Batch) -> Done:
+        """Adds up the gradients of the global batch's mean loss, over all ranks; the result is the same on every rank."""
         ranks = self.layout.ranks
-        counted = batch.num_elements if self.layout.context.is_first else 0
-        num_elements = int(sum_over_ranks(torch.tensor(counted), ranks))
+        counts = torch.tensor([batch.num_elements, batch.num_tokens, self._flops(model, batch)], dtype=torch.float64)
+        counts *= self.layout.context.is_first  # ranks that share streams have the same batch
+        num_elements, num_tokens, flops = sum_over_ranks(counts, ranks).tolist()
         # Weights that are gathered for each pass need all ranks in every pass.
         num_passes = int(max_over_ranks(torch.tensor(len(batch.micro_batches)), ranks))
         loss = torch.zeros((), device=next(model.parameters()).device)
         for micro in batch.micro_batches:
-            part = self._loss(model, micro, max(num_elements, 1))
+            part = self._loss(model, micro, int(num_elements))
             part.backward()
             loss += part.detach()
         if is_sharded(model):
             for _ in range(num_passes - len(batch.micro_batches)):
                 idle_pass(model)
         sum_gradients(model.parameters(), ranks)
-        total: Tensor = sum_over_ranks(loss, ranks)
-        return total
+        return Done(sum_over_ranks(loss, ranks), int(num_tokens), flops)
+
+    def _flops(self, model: MMDiT, batch: Batch) -> float:
+        samples = [sample for micro in batch.micro_batches for sample in micro.samples]
+        return training_flops(mmdit_forward_flops(model.config, samples, latent_channels=model.latent_channels, text_dim=model.text_dim))
 
     def _loss(self, model: MMDiT, micro: MicroBatch, num_elements: int) -> Tensor:
         device = next(model.parameters()).device

@@ -72,7 +72,7 @@ def train(ranks: Ranks, root: Path, fields: dict[str, Any], budget: int | None, 
         first = found.step
     losses = []
     for step in range(first, STEPS):
-        losses.append(passes.backward(model, loader.batch(step)).item())
+        losses.append(passes.backward(model, loader.batch(step)).loss.item())
         optimizer.clip()
         optimizer.step(step)
         update_ema(ema, model, step=step, decay=0.9)

@@ -41,6 +41,7 @@ from model_core.training.throughput import (
 TINY = MMDiTModel(num_layers=2, num_heads=2, head_dim=16, rope_axes=(4, 6, 6))
 SAMPLE = (5, (2, 2), (2, 3))
 TINY_VAE = VAEModel(stem_fold=8, encoder_widths=[16, 24], decoder_widths=[24, 16], encoder_blocks=1, decoder_blocks=2)
+PUBLIC_VAE = VAEModel(shortcut="local", mixers=False, post_quant_conv=True)
 TINY_ENCODER = Encoder(hidden_size=32, num_layers=2, num_heads=2, vocab_size=400)
 
 
@@ -114,7 +115,7 @@ def test_full_checkpointing_adds_a_forward_pass_and_selective_adds_nothing_that_
     assert [training_flops(7, checkpointing=policy) for policy in ("none", "selective", "full")] == [21, 21, 28]
 
 
-@pytest.mark.parametrize("config", [VAEModel(), VAEModel(mid_attention=False), VAEModel(shortcut="local")])
+@pytest.mark.parametrize("config", [VAEModel(), VAEModel(mid_attention=False), VAEModel(shortcut="local"), PUBLIC_VAE])
 def test_flops_of_the_autoencoder_are_those_that_pytorch_counts(config: VAEModel) -> None:
     with torch.device("meta"):
         vae, images = ResidualVAE(config), torch.empty(1, 3, 128, 256)
@@ -146,7 +147,7 @@ def test_parameters_of_the_transformer_are_those_of_the_module(config: MMDiTMode
     assert parts["blocks"] == sum(parameter.numel() for parameter in model.blocks.parameters())
 
 
-@pytest.mark.parametrize("config", [VAEModel(), VAEModel(mid_attention=False), TINY_VAE])
+@pytest.mark.parametrize("config", [VAEModel(), VAEModel(mid_attention=False), TINY_VAE, PUBLIC_VAE])
 def test_parameters_of_the_autoencoder_are_those_of_the_module(config: VAEModel) -> None:
     with torch.device("meta"):
         vae = ResidualVAE(config)
