@@ -20,8 +20,8 @@ SHUT = -4.0  # gate below which SiLU passes less than 2 % of its input: sigma(-4
 def activation_statistics(model: MMDiT, *, active: bool = True) -> Iterator[dict[str, Tensor]]:
     """Fills the dict, at the end, with what the passes inside have shown: tensors, so that nothing waits for them.
 
-    Not `active`, it does nothing. `stream_max`: largest magnitude of the stream after any block; `gate_max`: of SwiGLU's gates before SiLU; `shut_share`: share of
-    gates below -4. Of compiled blocks the stream alone is seen.
+    Not `active`, it does nothing. `stream_max`: largest magnitude of the stream after any block; `gate_max`: of SwiGLU's gates
+    before SiLU; `shut_share`: share of gates below -4. Of compiled blocks the stream alone is seen.
     """
     if not active:
         yield {}

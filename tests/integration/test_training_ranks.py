@@ -143,3 +143,13 @@ def test_a_checkpoint_goes_on_in_another_layout(
     halves = [on_ranks(size, train, latents, fields, None, uri)[0] for size, fields in (before, after)]
     assert halves[0][0] + halves[1][0] == pytest.approx(alone[0], abs=1e-5)
     assert halves[1][1] == pytest.approx(alone[1], rel=1e-5)
+
+
+def test_compiled_blocks_give_the_same_losses_with_few_graphs(latents: Path, alone: tuple[list[float], float]) -> None:
+    torch._dynamo.reset()
+    losses, weights = train(ALONE, latents, {"compile": True}, 60)  # passes of many lengths
+    assert losses == pytest.approx(alone[0], abs=1e-5)
+    assert weights == pytest.approx(alone[1], rel=1e-5)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] <= 4  # before attention and after it, and a second time once lengths are known to vary
+    assert not counters["graph_break"]
