@@ -10,11 +10,8 @@ from PIL import Image
 
 from model_core.data.buckets import bucket
 from model_core.documents import UserError
-from model_core.evaluation.drawing import Painter, Request, draw
+from model_core.evaluation.drawing import Painter, Request, draw, open_painter
 from model_core.manifest import FILE_NAME, Manifest, parse_manifest
-from model_core.models.condition import load_encoder
-from model_core.models.mmdit import load_mmdit
-from model_core.models.vae import load_vae
 from model_core.recipe import Sampling
 from model_core.run_record import read_run, read_steps
 from model_core.site import Site
@@ -78,10 +75,10 @@ def load_published(site: Site, model: str) -> PublishedModel:
             problem = "is missing" if found is None else "is not the one that was registered"
             raise UserError(f"model {model}: its part {name}, {beside.uri}/{part['step']}/{part['key']}, {problem}")
         parts[name] = InputFolder(found, site=site)
-    painter = Painter(
-        mmdit=load_mmdit(parts["mmdit"].folder("mmdit")).eval(),
-        vae=load_vae(parts["vae"].folder("vae")).eval(),
-        encoder=load_encoder(parts["encoder"].folder("encoder")),
+    painter = open_painter(
+        mmdit=parts["mmdit"].folder("mmdit"),
+        vae=parts["vae"].folder("vae"),
+        encoder=parts["encoder"].folder("encoder"),
         sampling=Sampling.model_validate(document["sampling"]),
     )
     return PublishedModel(painter, document["resolution_px"], manifest)

@@ -27,8 +27,9 @@ from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.training.activation_statistics import activation_statistics
 from model_core.training.checkpoint import CheckpointStore, Stateful
 from model_core.training.curves import Curves
-from model_core.training.distributed import training_device, whole
+from model_core.training.distributed import compute_device, frozen_dtype, keep_deterministic, whole
 from model_core.training.ema import ema_of, update_ema
+from model_core.training.float8 import check_float8
 from model_core.training.guard import StepGuard, TrainingDiverged
 from model_core.training.ledger import FILE_NAME as LEDGER
 from model_core.training.ledger import Ledger, LedgerError, check_ledger, ledger_document, plan_document
@@ -44,11 +45,12 @@ def run(context: StepContext) -> dict[str, Any]:
     """Trains the stage to its end; returns losses, counts and times. Of several ranks the first alone publishes."""
     assert context.stage is not None
     recipe, stage, ranks = context.recipe.mmdit, context.recipe.mmdit.stages[context.stage], context.ranks
-    device = training_device(ranks)
-    if recipe.precision == "bf16" and device.type == "cpu":
-        raise UserError("mmdit.precision: found bf16 on a machine without a GPU, where it is hundreds of times slower; allowed is fp32")
-    torch.use_deterministic_algorithms(device.type == "cpu")  # kernels of GPUs that are not are several times as fast
-    encoder = load_encoder(context.inputs["encoder"].folder("encoder")).to(device)
+    device = compute_device(ranks)
+    if recipe.precision != "fp32" and device.type == "cpu":
+        found = f"found {recipe.precision} on a machine without a GPU, where it is hundreds of times slower"
+        raise UserError(f"mmdit.precision: {found}; allowed is fp32")
+    keep_deterministic(device)
+    encoder = load_encoder(context.inputs["encoder"].folder("encoder"), dtype=frozen_dtype(device)).to(device)
     index, origin, channels = open_latents(context.inputs["latents"], origin=expected_origin(context))
     groups = open_groups(context, index)
     plan = stage_plan(context, index)
@@ -63,10 +65,12 @@ def run(context: StepContext) -> dict[str, Any]:
     layout = lay_out(ranks, context_parallel=profile.context_parallel)
     model = _initial_model(context, latent_channels=channels, text_dim=encoder.dim).to(device)
     check_layout(model, profile)
+    if recipe.precision == "float8":
+        check_float8(model, device)
     loader = Loader(groups, plan, draws, model.config, recipe.micro_batch_tokens, layout.data, workers=context.loader_workers)
     ema = ema_of(model)
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    prepare(model, profile, ranks, dtype=dtype)
+    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+    prepare(model, profile, ranks, dtype=dtype, float8=recipe.precision == "float8")
     shard(ema, profile, ranks, dtype=dtype)
     optimizer = Optimizer(
         model,
@@ -76,7 +80,7 @@ def run(context: StepContext) -> dict[str, Any]:
         weight_decay=recipe.weight_decay,
         grad_clip=recipe.grad_clip,
     )
-    passes = Passes(encoder, layout, bfloat16=recipe.precision == "bf16")
+    passes = Passes(encoder, layout, bfloat16=recipe.precision != "fp32")
     curves, ledger, guard = Curves("loss", "grad_norm"), Ledger(), StepGuard(recipe.guard)
     stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
     meter = Meter(ranks.size, peak_flops_of_this_gpu(), began_at=time.time())
@@ -129,7 +133,7 @@ def run(context: StepContext) -> dict[str, Any]:
         return {}
     published = MMDiT(model.config, latent_channels=channels, text_dim=encoder.dim)
     published.load_state_dict(weights)
-    return _publish(context, ema=published, encoder=encoder, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
+    return _publish(context, ema=published.to(device), encoder=encoder, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
         "steps": stage.steps,
         "samples": sum(step.count for step in ledger.steps),
         "trained_rows": sum(rows.total for rows in plan.rows.values()),

@@ -69,7 +69,7 @@ class Passes:
         noisy = micro.pictures.masked_scatter(micro.is_target[:, None], interpolate(x0, micro.noise, t))
         stream, mine = self.layout.part(micro.stream)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16 and not is_sharded(model)):
-            velocity = model(noisy, text.to(device), micro.t, stream, attend=self.layout.attend)
+            velocity = model(noisy, text.to(device, noisy.dtype), micro.t, stream, attend=self.layout.attend)
         return flow_loss(velocity, velocity_target(x0, micro.noise)[mine], num_elements=num_elements)
 
 

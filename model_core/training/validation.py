@@ -31,6 +31,7 @@ def validation_loss(
 ) -> dict[str, float]:
     """Loss a kind on the held-out rows, of kinds that have at least one row for each time."""
     result = {}
+    device = next(model.parameters()).device
     for kind, members in sorted(rows.items()):
         if members.total < len(TIMES):
             continue
@@ -45,8 +46,13 @@ def validation_loss(
             text, mask = encoder.encode([group.prompts["instruction"][row] or group.prompts["general"][row]])
             grid = (group.bucket.height, group.bucket.width)
             sample: Sample = (int(mask.sum()), *[grid] * (group.bucket.num_references + 1))
-            velocity = model(pictures, text[mask], torch.tensor([time]), pack([sample], model.config))
-            losses[time].append(float(flow_loss(velocity, velocity_target(latents, noise_tokens), num_elements=latents.numel())))
+            velocity = model(
+                pictures.to(device),
+                text[mask].to(device, pictures.dtype),
+                torch.tensor([time], device=device),
+                pack([sample], model.config).to(device),
+            )
+            losses[time].append(float(flow_loss(velocity.cpu(), velocity_target(latents, noise_tokens), num_elements=latents.numel())))
         result[kind] = float(np.mean([np.mean(values) for values in losses.values()]))
     return result
 
