@@ -175,4 +175,4 @@ def test_a_seed_draws_nearly_the_cpus_picture(device: torch.device, once: bool, 
     assert drawn[1].device.type == "cpu"
     assert drawn[1].shape == (2, 3, 64, 96)
     assert drawn[1].isfinite().all()
-    assert off(drawn[1], drawn[0]) < 0.05
+    assert off(drawn[1], drawn[0]) < 0.1
