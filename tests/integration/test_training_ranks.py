@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def num_states(prompt: str) -> int:
 def train(ranks: Ranks, root: Path, fields: dict[str, Any], budget: int | None, uri: str | None = None) -> tuple[list[float], float]:
     """Losses of a short training of images and edits of two shapes, and the sum of the averaged weights at its end."""
     profile = LaunchProfile.model_validate(fields | {"processes": ranks.size})
+    if profile.shard == "hsdp":  # as on machines of two processes each
+        ranks = replace(ranks, local_rank=ranks.rank % 2, local_size=2)
     folder, index = LocalFolder(root), read_index(LocalFolder(root))
     groups = RowGroups(folder, index, latent_group, capacity=16, say=print)
     rows = latent_rows(index, kinds=("image", "edit"))
@@ -106,7 +109,7 @@ def alone(latents: Path) -> tuple[list[float], float]:
         (2, {"shard": "fsdp"}),
         (3, {"shard": "fsdp"}),
         (4, {"shard": "fsdp"}),
-        (2, {"shard": "hsdp"}),
+        (4, {"shard": "hsdp"}),
         (2, {"context_parallel": 2}),
         (3, {"context_parallel": 3}),
         (4, {"context_parallel": 2}),
