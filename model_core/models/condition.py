@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
@@ -62,12 +61,6 @@ class TextStates:
         """States (L, dim) of each prompt."""
         return list(self.states.split(self.lengths))
 
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """States (B, L, dim), zero past each prompt's end, and mask (B, L)."""
-        lengths = torch.tensor(self.lengths)
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        return pad_sequence(self.split(), batch_first=True), mask.to(self.states.device)
-
 
 class ConditionEncoder(nn.Module):
     """Prompts and condition images to text states; never trained. `sees_images` says whether it is shown the images."""
@@ -95,10 +88,6 @@ class ConditionEncoder(nn.Module):
     def multiple_px(self) -> int:
         """What the sides of pictures must be multiples of."""
         return multiple_px(sees_images=self.sees_images)
-
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States (B, L, dim) and mask (B, L) of B prompts, padded on the right; raises as `encode_packed` does."""
-        return self.encode_packed(prompts).padded()
 
     @torch.no_grad()
     def encode_packed(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]] | None = None) -> TextStates:
