@@ -49,8 +49,8 @@ def validation_loss(
             noise_tokens = tokens(torch.from_numpy(noise[None]))[0]
             latents = pictures[-len(noise_tokens) :].clone()
             pictures[-len(noise_tokens) :] = interpolate(latents, noise_tokens, torch.full((len(noise_tokens),), time))
-            name = next((name for name in ("instruction", "general") if group.prompts[name][row]), None)
-            condition = condition_of(group, row, name, empty=empty)
+            name = "instruction" if kind == "edit" else "general"
+            condition = condition_of(group, row, name if group.prompts[name][row] else None, empty=empty)
             text = text_states(encoder, [condition.prompt], [condition.states], like=weight)
             sample = interleave(condition.runs, [(group.bucket.height, group.bucket.width)] * (group.bucket.num_references + 1))
             velocity = model(pictures, text, torch.tensor([time]), pack([sample], model.config))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from model_core.data.buckets import fit
-from model_core.data.conditions import Condition
+from model_core.data.conditions import Condition, condition_of
 from model_core.data.folders import LocalFolder
 from model_core.data.index import read_index
 from model_core.data.latents import TRAIN, LatentGroup, latent_group, latent_rows
-from model_core.data.loader import Batch, Draws, Loader, MicroBatch, tokens
+from model_core.data.loader import Batch, Draws, Loader, MicroBatch, draw_prompt, tokens
 from model_core.data.pixels import image_tensor
 from model_core.data.plan import make_plan
 from model_core.data.row_groups import RowGroups
@@ -126,6 +128,24 @@ def test_validation_losses_with_stored_states_are_those_with_the_encoder(inputs,
         told.append(validation_loss(model, encoder, groups, rows, seed=0, empty=Condition("", (one.num_tokens(""),))))
     assert set(told[0]) == set(KINDS)
     assert told[1] == pytest.approx(told[0], rel=1e-3)
+
+
+def test_a_row_without_words_is_one_that_lost_its_prompt(encode):
+    root = encode(sees_images=True, cache_states=True)
+    empty, groups = empty_of(root), open_groups(root)
+    for number in range(len(groups.index)):
+        group = groups.get(number)
+        assert group is not None
+        name = "instruction" if group.bucket.kind == "edit" else "general"
+        wordless = dataclasses.replace(group, prompts={name: [""] * len(group) for name in group.prompts})
+        drawn = draw_prompt(wordless, 0, Draws((0.0, 1.0), 0.0, WEIGHTS), np.random.default_rng(0))
+        assert drawn is None
+        assert draw_prompt(group, 0, Draws((0.0, 1.0), 0.0, {"general": 1.0}), np.random.default_rng(0)) == name
+        found = condition_of(wordless, 0, drawn, empty=empty)
+        assert found.prompt == ""
+        wanted = group.states["empty"].row(0).states if group.bucket.kind == "edit" else empty.states
+        assert found.states is not None
+        assert torch.equal(found.states, wanted)
 
 
 def references_of(inputs: dict[str, Input], prompt: str, grid: tuple[int, int]) -> list[Tensor]:
