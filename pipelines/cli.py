@@ -124,7 +124,7 @@ def sample(
     size: Annotated[
         str | None,
         typer.Option(
-            "--size", metavar="WxH", help="Pixels, multiples of 16, or 32 where the model sees images."
+            "--size", metavar="WxH", help="Pixels, multiples of 16, or 32 where the model sees images; the last stage's when not given."
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--out", "-o", help="The PNG file; several prompts get numbered ones.")] = Path("sample.png"),
