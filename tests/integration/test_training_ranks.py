@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from model_core.data.conditions import Condition
 from model_core.data.folders import LocalFolder
 from model_core.data.index import read_index
 from model_core.data.latents import latent_group, latent_rows
 from model_core.data.loader import Draws, Loader
 from model_core.data.plan import make_plan
 from model_core.data.row_groups import RowGroups
+from model_core.models.condition import TextStates
 from model_core.models.mmdit import MMDiT
 from model_core.recipe import MMDiTModel
 from model_core.site import LaunchProfile
@@ -35,13 +37,14 @@ MODEL = MMDiTModel(num_layers=2, num_heads=6, head_dim=8, rope_axes=(2, 4, 2))
 class Letters:
     """A stand-in for the encoder with as many states as the latents' token counts say, told by the prompt's letters."""
 
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_packed(self, prompts: list[str]) -> TextStates:
         lengths = [num_states(prompt) for prompt in prompts]
-        states = torch.zeros(len(prompts), max(lengths), TEXT_DIM)
-        for row, prompt in enumerate(prompts):
-            seed = sum(map(ord, prompt))
-            states[row, : lengths[row]] = torch.randn(lengths[row], TEXT_DIM, generator=torch.Generator().manual_seed(seed))
-        return states, torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        seeds = [sum(map(ord, prompt)) for prompt in prompts]
+        states = [
+            torch.randn(length, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+            for length, seed in zip(lengths, seeds, strict=True)
+        ]
+        return TextStates(torch.cat(states), [[length] for length in lengths])
 
 
 def num_states(prompt: str) -> int:
@@ -62,7 +65,7 @@ def train(ranks: Ranks, root: Path, fields: dict[str, Any], budget: int | None, 
     torch.manual_seed(0)
     model = MMDiT(MODEL, latent_channels=CHANNELS, text_dim=TEXT_DIM)
     layout = lay_out(ranks, context_parallel=profile.context_parallel)
-    draws = Draws((0.0, 1.0), 0.1, {"general": 1.0}, empty_tokens=num_states(""))
+    draws = Draws((0.0, 1.0), 0.1, {"general": 1.0}, empty=Condition("", (num_states(""),)))
     loader = Loader(groups, plan, draws, MODEL, budget, layout.data)
     ema = ema_of(model)
     prepare(model, profile, ranks)

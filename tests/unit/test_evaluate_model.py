@@ -109,7 +109,7 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
             }
         )
         for loader in ("load_mmdit", "load_vae", "load_encoder"):
-            monkeypatch.setattr(evaluate_model, loader, lambda folder: None)
+            monkeypatch.setattr(evaluate_model, loader, lambda folder: SimpleNamespace(multiple_px=16))
         monkeypatch.setattr(evaluate_model, "reconstruct", lambda vae, pictures: [picture.copy() for picture in pictures])
         monkeypatch.setattr(evaluate_model, "draw", lambda painter, requests, *, on_drawn: [paint(request) for request in requests])
         folder = tmp_path / output / "result"
