@@ -45,7 +45,7 @@ from model_core.data.latents import (
 from model_core.data.loader import Draws, Loader
 from model_core.data.plan import Plan, Rows, make_plan
 from model_core.data.row_groups import RowGroups
-from model_core.models.stream import num_tokens
+from model_core.models.segments import num_tokens
 from model_core.recipe import MMDiTModel
 from model_core.storage import S3Settings, Storage, open_storage
 

@@ -26,7 +26,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.machine import machine
 from model_core.data.folders import LocalFolder
@@ -106,10 +105,6 @@ class RandomStates:
         """(T, text_dim) of all prompts."""
         lengths = [int(prompt) for prompt in prompts]
         return TextStates(torch.cat([self._states[:length] for length in lengths]), [[length] for length in lengths])
-
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States (B, L, text_dim) and mask (B, L)."""
-        return self.encode_packed(prompts).padded()
 
 
 def caption_lengths(num: int, mean: float) -> np.ndarray:

@@ -122,7 +122,10 @@ def sample(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same picture.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the sampler; the recipe's when not given.")] = None,
     size: Annotated[
-        str | None, typer.Option("--size", metavar="WxH", help="Pixels, multiples of 16; the last stage's when not given.")
+        str | None,
+        typer.Option(
+            "--size", metavar="WxH", help="Pixels, multiples of 16, or 32 where the model sees images; the last stage's when not given."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option("--out", "-o", help="The PNG file; several prompts get numbered ones.")] = Path("sample.png"),
     site: SiteName = DEFAULT_SITE,

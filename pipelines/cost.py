@@ -12,6 +12,7 @@ from typing import Any
 from model_core.data.reads import row_group_reads
 from model_core.data.shard_writer import ROW_GROUP_BYTES
 from model_core.documents import UserError
+from model_core.models.segments import Sample, num_tokens
 from model_core.recipe import CompressionRatio, Recipe, Stage
 from model_core.storage.settings import S3Settings
 from model_core.training.memory import BF16, FP32, StateMemory, activation_peak, largest_micro_batch, state_memory
@@ -19,9 +20,7 @@ from model_core.training.parameters import EncoderSizes, encoder_sizes, mmdit_pa
 from model_core.training.throughput import (
     GPUS,
     Checkpointing,
-    Sample,
     mmdit_forward_flops,
-    segment_tokens,
     text_encoder_flops,
     training_flops,
     vae_decoder_flops,
@@ -183,7 +182,7 @@ def _stage_cost(
     mix = sample_mix(recipe, stage, caption_tokens=caption_tokens)
     members = [member for kind in mix.values() for member in kind]
     samples = stage.steps * stage.batch_size
-    tokens_a_step = round(stage.batch_size * sum(share * sum(segment_tokens(sample)) for share, sample in members))
+    tokens_a_step = round(stage.batch_size * sum(share * sum(map(num_tokens, sample)) for share, sample in members))
     forward = sum(
         share * mmdit_forward_flops(recipe.mmdit.model, [sample], latent_channels=channels, text_dim=encoder.hidden_size)
         for share, sample in members
@@ -200,7 +199,7 @@ def _stage_cost(
         samples=samples,
         tokens_a_step=tokens_a_step,
         tokens=tokens_a_step * stage.steps,
-        longest_sample_tokens=max(sum(segment_tokens(sample)) for _, sample in members),
+        longest_sample_tokens=max(sum(map(num_tokens, sample)) for _, sample in members),
         training_flops=training,
         encoder_flops=encoding,
         gpu_hours=hours,
@@ -218,7 +217,7 @@ def _reads(recipe: Recipe, stage: Stage, kind: str, members: list[tuple[float, S
     """Fetches of row groups for one batch's samples of a kind, and bytes a fetch."""
     share = sum(part for part, _ in members)
     pictures = sum(part * (len(sample) - 1) for part, sample in members) / share
-    row_bytes = pictures * segment_tokens(members[0][1])[-1] * recipe.vae.model.latent_channels * BF16
+    row_bytes = pictures * num_tokens(members[0][1][-1]) * recipe.vae.model.latent_channels * BF16
     rows = max(1, int(ROW_GROUP_BYTES // row_bytes))
     window = recipe.mmdit.window_row_groups
     return row_group_reads(samples=share * stage.batch_size, rows=rows, window=window, ranks=share * ranks), rows * row_bytes

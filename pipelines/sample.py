@@ -41,7 +41,10 @@ def draw(
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "96x64", which is width by height, or of "64"; raises UserError for anything else."""
+    """(height, width) of "96x64", which is width by height, or of "64"; raises UserError for anything else.
+
+    A model whose condition encoder sees images allows multiples of 32 alone, which is checked once the model is found.
+    """
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if match is None:
         raise UserError(f"sample: --size: found {text!r}; allowed are a side, as in 64, or WIDTHxHEIGHT, as in 96x64")

@@ -17,16 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model_core.data.conditions import Condition, condition_of
 from model_core.data.keys import keyed_generator
 from model_core.data.latents import LatentGroup, floats
 from model_core.data.plan import Plan
 from model_core.data.row_groups import RowGroups
-from model_core.models.stream import Sample, Stream, pack
+from model_core.models.segments import Sample, interleave
+from model_core.models.stream import Stream, pack
 from model_core.objectives.flow import logit_normal, shift_mu, shift_time
 from model_core.recipe import MMDiTModel
 from model_core.training.distributed import ALONE, Ranks
 
 BATCHES_AHEAD = 4
+NO_TEXT = Condition("", (0,))
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class MicroBatch:
     """Samples packed into one stream: what one pass of the model takes.
 
     `pictures` (I, C): all picture tokens, clean, in the order of the stream; `noise` (N, C) for the target tokens, which
-    `is_target` (I,) marks; `t` (B,); B prompts, and the B `samples` as segments.
+    `is_target` (I,) marks; `t` (B,); B prompts, the B `samples` as segments, and for each its stored text `states` (L, dim)
+    bfloat16, or None where the condition encoder is to run on the prompt.
     """
 
     pictures: Tensor
@@ -42,6 +46,7 @@ class MicroBatch:
     is_target: Tensor
     t: Tensor
     prompts: list[str]
+    states: list[Tensor | None]
     samples: list[Sample]
     stream: Stream
 
@@ -81,15 +86,15 @@ class Batch:
 class Draws:
     """How a sample is drawn: p(t), the share that loses its prompt, and how often each caption type is taken.
 
-    `shift_mu` at 256 and 8192 target tokens moves t towards noise (None: not at all). `empty_tokens` is how many states the
-    condition encoder gives for no prompt at all.
+    `shift_mu` at 256 and 8192 target tokens moves t towards noise (None: not at all). `empty` is what a sample without a
+    prompt is conditioned on.
     """
 
     logit_normal: tuple[float, float]
     uncond_dropout: float
     caption_weights: dict[str, float]
     shift_mu: tuple[float, float] | None = None
-    empty_tokens: int = 0
+    empty: Condition = NO_TEXT
 
 
 @dataclass
@@ -173,24 +178,23 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Sample:
-    """One drawn sample; `text_tokens` are those of its prompt."""
+    """One drawn sample."""
 
     group: LatentGroup
     row: int
     t: float
-    prompt: str
+    condition: Condition
     noise: np.ndarray
-    text_tokens: int
 
     @property
     def segments(self) -> Sample:
-        """Text, condition images, target."""
+        """Runs of text and condition images, target last."""
         bucket = self.group.bucket
-        return (self.text_tokens, *[(bucket.height, bucket.width)] * (bucket.num_references + 1))
+        return interleave(self.condition.runs, [(bucket.height, bucket.width)] * (bucket.num_references + 1))
 
     @property
     def num_tokens(self) -> int:
-        return self.text_tokens + self.group.bucket.image_tokens
+        return sum(self.condition.runs) + self.group.bucket.image_tokens
 
 
 def _draw(group: LatentGroup, row: int, epoch: int, plan: Plan, draws: Draws) -> _Sample:
@@ -203,19 +207,21 @@ def _draw(group: LatentGroup, row: int, epoch: int, plan: Plan, draws: Draws) ->
         group=group,
         row=row,
         t=t,
-        prompt=group.prompts[name][row] if name else "",
+        condition=condition_of(group, row, name, empty=draws.empty),
         noise=generator.standard_normal(group.latents.shape[1:], dtype=np.float32),
-        text_tokens=int(group.prompt_tokens[name][row]) if name else draws.empty_tokens,
     )
 
 
 def draw_prompt(group: LatentGroup, row: int, draws: Draws, generator: np.random.Generator) -> str | None:
-    """Which prompt a sample meets: none with probability `uncond_dropout`; else an edit's instruction, or a drawn caption type."""
+    """Which prompt a sample meets: none with probability `uncond_dropout`; else an edit's instruction, or a drawn caption type.
+
+    A prompt without words is none.
+    """
     dropped, choice = generator.random(), generator.random()
     if dropped < draws.uncond_dropout:
         return None
     if group.bucket.kind == "edit":
-        return "instruction"
+        return "instruction" if group.prompts["instruction"][row] else None
     names = sorted(name for name, weight in draws.caption_weights.items() if weight > 0 and group.prompts[name][row])
     edges = np.cumsum([draws.caption_weights[name] for name in names])
     return names[int(np.searchsorted(edges, choice * edges[-1], side="right"))] if names else None
@@ -253,7 +259,8 @@ def _micro_batch(drawn: Sequence[_Sample], model: MMDiTModel) -> MicroBatch:
         noise=torch.cat([tokens(torch.from_numpy(sample.noise)[None])[0] for sample in drawn]),
         is_target=torch.tensor(is_target),
         t=torch.tensor([sample.t for sample in drawn], dtype=torch.float32),
-        prompts=[sample.prompt for sample in drawn],
+        prompts=[sample.condition.prompt for sample in drawn],
+        states=[sample.condition.states for sample in drawn],
         samples=samples,
         stream=pack(samples, model),
     )

@@ -16,15 +16,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
+from model_core.data.folders import Folder
 from model_core.documents import UserError
+from model_core.models.segments import Segment, text_runs
 from model_core.models.vlm_input import (
     LATENTS_A_SLOT_SIDE,
     SLOT_PX,
-    Segment,
     batches_by_length,
     rope_positions,
     slot_grid,
@@ -55,17 +55,11 @@ class TextStates:
     @property
     def lengths(self) -> list[int]:
         """Text tokens of each prompt."""
-        return [sum(segment for segment in segments if isinstance(segment, int)) for segments in self.segments]
+        return [sum(text_runs(segments)) for segments in self.segments]
 
     def split(self) -> list[Tensor]:
         """States (L, dim) of each prompt."""
         return list(self.states.split(self.lengths))
-
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """States (B, L, dim), zero past each prompt's end, and mask (B, L)."""
-        lengths = torch.tensor(self.lengths)
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        return pad_sequence(self.split(), batch_first=True), mask.to(self.states.device)
 
 
 class ConditionEncoder(nn.Module):
@@ -92,12 +86,8 @@ class ConditionEncoder(nn.Module):
 
     @property
     def multiple_px(self) -> int:
-        """What the sides of pictures must be multiples of: an image token where the encoder sees images, else a latent token."""
-        return SLOT_PX if self.sees_images else CompressionRatio
-
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """States (B, L, dim) and mask (B, L) of B prompts, padded on the right; raises as `encode_packed` does."""
-        return self.encode_packed(prompts).padded()
+        """What the sides of pictures must be multiples of."""
+        return multiple_px(sees_images=self.sees_images)
 
     @torch.no_grad()
     def encode_packed(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]] | None = None) -> TextStates:
@@ -219,6 +209,16 @@ def save_encoder(encoder: ConditionEncoder, folder: Path) -> None:
     if encoder.sees_images:  # left out where it is not: an encoder that has never seen any keeps its bytes, and so its digest
         settings["sees_images"] = True
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def sees_images(folder: Folder) -> bool:
+    """Whether the encoder that `save_encoder` left in `encoder/` of a step's result is shown images; its weights are not read."""
+    return bool(folder.read_json(f"encoder/{SETTINGS}").get("sees_images", False))
+
+
+def multiple_px(*, sees_images: bool) -> int:
+    """What the sides of pictures must be multiples of: an image token where the encoder sees images, else a latent token."""
+    return SLOT_PX if sees_images else CompressionRatio
 
 
 def load_encoder(folder: Path, *, dtype: torch.dtype = torch.float32) -> ConditionEncoder:

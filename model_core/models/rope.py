@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Segment = int | tuple[int, int]  # so many text tokens, or a picture of (h, w) tokens
+from model_core.models.segments import Segment
 
 
 def sample_positions(sample: Sequence[Segment], *, scheme: Literal["ordinal", "running"]) -> np.ndarray:

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from model_core.models.attention import AttentionPlan, Look, plan_attention
-from model_core.models.rope import Segment, sample_positions
+from model_core.models.rope import sample_positions
+from model_core.models.segments import Sample, num_tokens, text_runs
 from model_core.recipe import MMDiTModel
-
-Grid = tuple[int, int]
-Sample = tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,6 @@ class Stream:
         return replace(
             self, order=self.order[mine], sample=self.sample[mine], is_target=self.is_target[mine], positions=self.positions[mine]
         )
-
-
-def num_tokens(segment: Segment) -> int:
-    """Tokens of a segment."""
-    return segment if isinstance(segment, int) else segment[0] * segment[1]
 
 
 def pack(samples: Sequence[Sample], config: MMDiTModel) -> Stream:
@@ -92,7 +85,7 @@ def pack_targets(samples: Sequence[Sample], config: MMDiTModel) -> Stream:
 
 
 def _stream(samples: Sequence[Sample], config: MMDiTModel, positions: np.ndarray, is_target: np.ndarray) -> Stream:
-    text, picture = 0, sum(segment for sample in samples for segment in sample if isinstance(segment, int))
+    text, picture = 0, sum(run for sample in samples for run in text_runs(sample))
     place = 0
     order, looks = [], []
     for sample in samples:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model_core.models.segments import Segment
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 SLOT_PX = 32  # pixels a side of what one image token stands for: 2 x 2 latent tokens
 LATENTS_A_SLOT_SIDE = 2
-
-Segment = int | tuple[int, int]  # so many text tokens, or the latents of an image: (rows, columns)
 
 
 def system_turn(system_prompt: str) -> str:

@@ -11,7 +11,8 @@ from torch import Tensor
 from model_core.data.keys import keyed_generator
 from model_core.models.condition import ConditionEncoder
 from model_core.models.mmdit import MMDiT, reads_prefix_once
-from model_core.models.stream import Grid, Sample, pack, pack_prefix, pack_targets
+from model_core.models.segments import Grid, interleave, text_runs
+from model_core.models.stream import pack, pack_prefix, pack_targets
 from model_core.models.tiling import decode_pictures, encode_pictures
 from model_core.models.vae import ResidualVAE
 from model_core.objectives.flow import shift_mu
@@ -35,14 +36,15 @@ def sample(
 ) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] for B prompts, each with its own seed, whatever else is in the batch.
 
-    `size_px` is (H, W), multiples of 16; from 2048 px a side on, the autoencoder works in tiles. `references`: for editing, one
-    (B, 3, H', W') tensor a condition image.
+    `size_px` is (H, W); from 2048 px a side on, the autoencoder works in tiles. `references`: for editing, one (B, 3, H', W')
+    tensor a condition image; an encoder that sees images is shown them with each prompt, and with the empty one of guidance.
+    Sides are multiples of the encoder's `multiple_px`.
     """
+    if any(side % encoder.multiple_px for side in size_px):
+        raise ValueError(f"size {size_px} is not a multiple of {encoder.multiple_px}")
     height, width = (side // CompressionRatio for side in size_px)
-    if (height * CompressionRatio, width * CompressionRatio) != tuple(size_px):
-        raise ValueError(f"size {size_px} is not a multiple of {CompressionRatio}")
     branches = [*prompts] if sampling.guidance_scale == 1.0 else [*prompts, *[""] * len(prompts)]
-    denoise = _denoiser(mmdit, encoder, branches, [_condition(vae, images) for images in references], (height, width))
+    denoise = _denoiser(mmdit, vae, encoder, branches, references, (height, width))
 
     def velocity(x: Tensor, t: float) -> Tensor:
         if sampling.guidance_scale == 1.0:
@@ -59,21 +61,24 @@ def sample(
 
 
 def _denoiser(
-    mmdit: MMDiT, encoder: ConditionEncoder, prompts: Sequence[str], conditions: Sequence[tuple[Tensor, Grid]], shape: Grid
+    mmdit: MMDiT, vae: ResidualVAE, encoder: ConditionEncoder, prompts: Sequence[str], references: Sequence[Tensor], shape: Grid
 ) -> Callable[[Tensor, float], Tensor]:
-    """(x (B, N, C), t) to velocities for B prompts that share the condition images: those are (P, M, C) for P pictures, B a multiple.
+    """(x (B, N, C), t) to velocities for B prompts that share the condition images: those are (P, 3, H, W) for P pictures, B a multiple.
 
     Text and condition images are read once where the model allows it.
     """
-    states, mask = encoder.encode(prompts)
-    text, device = states.float(), states.device
-    samples: list[Sample] = [(length, *(grid for _, grid in conditions), shape) for length in mask.sum(1).tolist()]
+    seen = [[images[row % len(images)] for images in references] for row in range(len(prompts))] if encoder.sees_images else None
+    encoded = encoder.encode_packed(prompts, seen)
+    text, device = encoded.states.float(), encoded.states.device
+    conditions = [_condition(vae, images) for images in references]
+    pictures = [*(grid for _, grid in conditions), shape]
+    samples = [interleave(text_runs(segments), pictures) for segments in encoded.segments]
     clean = [latents.repeat(len(prompts) // len(latents), 1, 1) for latents, _ in conditions]
     once = reads_prefix_once(mmdit.config)
     if once:
         read = torch.cat(clean, dim=1).flatten(0, 1) if clean else text.new_zeros(0, mmdit.latent_channels)
         with _fast_passes(device):
-            prefix = mmdit.read_prefix(read, text[mask], pack_prefix(samples, mmdit.config).to(device))
+            prefix = mmdit.read_prefix(read, text, pack_prefix(samples, mmdit.config).to(device))
     stream = (pack_targets(samples, mmdit.config) if once else pack(samples, mmdit.config)).to(device)
 
     def denoise(x: Tensor, t: float) -> Tensor:
@@ -82,7 +87,7 @@ def _denoiser(
             if once:
                 velocity = mmdit(x.flatten(0, 1), x.new_zeros(0, mmdit.text_dim), times, stream, prefix=prefix)
             else:
-                velocity = mmdit(torch.cat([*clean, x], dim=1).flatten(0, 1), text[mask], times, stream)
+                velocity = mmdit(torch.cat([*clean, x], dim=1).flatten(0, 1), text, times, stream)
         return velocity.to(x.dtype).unflatten(0, x.shape[:2])
 
     return denoise

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -12,6 +12,7 @@ from model_core.data.buckets import bucket
 from model_core.documents import UserError
 from model_core.evaluation.drawing import Painter, Request, draw, open_painter
 from model_core.manifest import FILE_NAME, Manifest, parse_manifest
+from model_core.models.condition import multiple_px, sees_images
 from model_core.recipe import Sampling
 from model_core.run_record import read_run, read_steps
 from model_core.site import Site
@@ -23,11 +24,25 @@ STEP = "register_model"
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model ready to draw, and the side of the pictures that it was last trained on."""
+    """The parts of a model, not loaded yet, how it is sampled, and the side of the pictures that it was last trained on."""
 
-    painter: Painter
+    parts: Mapping[str, InputFolder]
+    sampling: Sampling
     resolution_px: int
-    manifest: Manifest
+
+    @property
+    def multiple_px(self) -> int:
+        """What the sides of its pictures must be multiples of."""
+        return multiple_px(sees_images=sees_images(self.parts["encoder"]))
+
+    def load(self) -> Painter:
+        """The model, ready to draw."""
+        return open_painter(
+            mmdit=self.parts["mmdit"].folder("mmdit"),
+            vae=self.parts["vae"].folder("vae"),
+            encoder=self.parts["encoder"].folder("encoder"),
+            sampling=self.sampling,
+        )
 
 
 def sample_published(
@@ -41,21 +56,24 @@ def sample_published(
     size_px: tuple[int, int] | None,
 ) -> list[Image.Image]:
     """One picture a prompt, all with the same seed and references. `size_px` is (height, width); None takes the model's
-    resolution, in the aspect ratio of the last reference where there is one. Raises UserError for a model that is not there.
+    resolution, in the aspect ratio of the last reference where there is one. Raises UserError, before any weights are loaded,
+    for a model that is not there or a size that it cannot draw.
     """
-    published = load_published(site, model)
-    painter = published.painter
-    if steps is not None:
-        painter = Painter(painter.mmdit, painter.vae, painter.encoder, painter.sampling.model_copy(update={"steps": steps}))
+    published = find_published(site, model)
     if size_px is None:
         width, height = references[-1].size if references else (1, 1)
-        size_px = bucket(width, height, published.resolution_px)
+        size_px = bucket(width, height, published.resolution_px, multiple_px=published.multiple_px)
+    elif any(side % published.multiple_px for side in size_px):
+        height, width = size_px
+        raise UserError(f"model {model}: found size {width}x{height}; allowed are multiples of {published.multiple_px} pixels")
+    if steps is not None:
+        published = replace(published, sampling=published.sampling.model_copy(update={"steps": steps}))
     requests = [Request(prompt, seed, size_px, references) for prompt in prompts]
-    return draw(painter, requests, on_drawn=lambda _: None)
+    return draw(published.load(), requests, on_drawn=lambda _: None)
 
 
-def load_published(site: Site, model: str) -> PublishedModel:
-    """Loads what register_model published. `model` is a run's name, or the path or uri of a manifest or its folder.
+def find_published(site: Site, model: str) -> PublishedModel:
+    """Finds what register_model published. `model` is a run's name, or the path or uri of a manifest or its folder.
 
     Raises UserError when there is no such model, or a part is missing or not the one that was registered.
     """
@@ -75,13 +93,7 @@ def load_published(site: Site, model: str) -> PublishedModel:
             problem = "is missing" if found is None else "is not the one that was registered"
             raise UserError(f"model {model}: its part {name}, {beside.uri}/{part['step']}/{part['key']}, {problem}")
         parts[name] = InputFolder(found, site=site)
-    painter = open_painter(
-        mmdit=parts["mmdit"].folder("mmdit"),
-        vae=parts["vae"].folder("vae"),
-        encoder=parts["encoder"].folder("encoder"),
-        sampling=Sampling.model_validate(document["sampling"]),
-    )
-    return PublishedModel(painter, document["resolution_px"], manifest)
+    return PublishedModel(parts, Sampling.model_validate(document["sampling"]), document["resolution_px"])
 
 
 def find_manifest(site: Site, workspace: Workspace, model: str) -> Manifest:

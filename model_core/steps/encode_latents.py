@@ -23,6 +23,7 @@ from model_core.data.pixels import image_tensor
 from model_core.data.shards import RawRow, decode_image, read_kept_rows
 from model_core.data.states import EMPTY, PromptStates, write_empty
 from model_core.models.condition import ConditionEncoder, load_encoder
+from model_core.models.segments import text_runs
 from model_core.models.tiling import encode_pictures
 from model_core.models.vae import ResidualVAE, load_vae
 from model_core.training.distributed import compute_device, frozen_dtype
@@ -127,6 +128,5 @@ def _states(
     texts = ["" if name == EMPTY else prompts[number][name] for number, name in places]
     packed = encoder.encode_packed(texts, [references[number] if encoder.sees_images else [] for number, _ in places])
     for (number, name), states, segments in zip(places, packed.split(), packed.segments, strict=True):
-        runs = tuple(segment for segment in segments if isinstance(segment, int))
-        found[number][name] = PromptStates(states.to("cpu", torch.bfloat16), runs)
+        found[number][name] = PromptStates(states.to("cpu", torch.bfloat16), text_runs(segments))
     return found

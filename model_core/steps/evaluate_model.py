@@ -212,7 +212,7 @@ class _Evaluation:
         return draw(self.painter, requests, on_drawn=count)
 
     def _fitted(self, picture: Image.Image) -> Image.Image:
-        return fit(picture, bucket(picture.width, picture.height, self.resolution_px))
+        return fit(picture, bucket(picture.width, picture.height, self.resolution_px, multiple_px=self.painter.encoder.multiple_px))
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,10 @@ STEPS: dict[str, StepSpec] = {
                 "mmdit.micro_batch_tokens",
                 "mmdit.shift_mu",
                 "mmdit.log_every_steps",
-                *(STAGE + field for field in ("kinds", "edit_share", "text_image_share", "steps", "batch_size", "lr", "warmup_steps")),
+                *(
+                    STAGE + field
+                    for field in ("kinds", "edit_share", "text_image_share", "cache_states", "steps", "batch_size", "lr", "warmup_steps")
+                ),
             ),
             inputs=("latents", "encoder"),
             optional=("previous",),

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 
 from model_core.context import StepContext
+from model_core.data.conditions import Condition
+from model_core.data.folders import Folder
 from model_core.data.index import Index
-from model_core.data.latents import HELD_OUT, LatentGroup, Origin, latent_group, latent_rows, open_latents
+from model_core.data.latents import HELD_OUT, LatentGroup, Origin, latent_group, latent_rows, open_latents, states_by_kind
 from model_core.data.loader import Draws, Loader
 from model_core.data.plan import Plan, make_plan
 from model_core.data.row_groups import RowGroups
+from model_core.data.states import read_empty
 from model_core.documents import UserError
-from model_core.models.condition import ConditionEncoder, load_encoder
+from model_core.models.condition import ConditionEncoder, load_encoder, sees_images
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.training.activation_statistics import activation_statistics
 from model_core.training.checkpoint import CheckpointStore, Stateful
@@ -50,8 +53,13 @@ def run(context: StepContext) -> dict[str, Any]:
         found = f"found {recipe.precision} on a machine without a GPU, where it is hundreds of times slower"
         raise UserError(f"mmdit.precision: {found}; allowed is fp32")
     keep_deterministic(device)
-    encoder = load_encoder(context.inputs["encoder"].folder("encoder"), dtype=frozen_dtype(device)).to(device)
-    index, origin, channels = open_latents(context.inputs["latents"], origin=expected_origin(context))
+    stored = states_by_kind(stage.kinds, cache_states=stage.cache_states, sees_images=sees_images(context.inputs["encoder"]))
+    index, origin, channels = open_latents(context.inputs["latents"], origin=expected_origin(context), states=stored)
+    # A large model, which takes minutes to load and memory from training, is not needed where all states are stored.
+    encoder = None
+    if set(stored) != set(stage.kinds):
+        encoder = load_encoder(context.inputs["encoder"].folder("encoder"), dtype=frozen_dtype(device)).to(device)
+    empty, text_dim = without_prompt(context.inputs["latents"] if stored else None, encoder)
     groups = open_groups(context, index)
     plan = stage_plan(context, index)
     draws = Draws(
@@ -59,11 +67,11 @@ def run(context: StepContext) -> dict[str, Any]:
         recipe.uncond_dropout,
         {str(name): weight for name, weight in recipe.caption_weights.items()},
         recipe.shift_mu,
-        encoder.num_tokens(""),
+        empty,
     )
     profile = context.site.launch.profile("train_mmdit")
     layout = lay_out(ranks, context_parallel=profile.context_parallel)
-    model = _initial_model(context, latent_channels=channels, text_dim=encoder.dim).to(device)
+    model = _initial_model(context, latent_channels=channels, text_dim=text_dim).to(device)
     check_layout(model, profile)
     if recipe.precision == "float8":
         check_float8(model, device)
@@ -131,9 +139,9 @@ def run(context: StepContext) -> dict[str, Any]:
     weights = {name: whole(value).cpu() for name, value in ema.state_dict().items()}
     if not ranks.is_first:
         return {}
-    published = MMDiT(model.config, latent_channels=channels, text_dim=encoder.dim)
+    published = MMDiT(model.config, latent_channels=channels, text_dim=text_dim)
     published.load_state_dict(weights)
-    return _publish(context, ema=published.to(device), encoder=encoder, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
+    return _publish(context, published.to(device), encoder=encoder, empty=empty, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
         "steps": stage.steps,
         "samples": sum(step.count for step in ledger.steps),
         "trained_rows": sum(rows.total for rows in plan.rows.values()),
@@ -155,6 +163,18 @@ def expected_origin(context: StepContext) -> Origin:
     previous = context.inputs.get("previous")
     vae = None if previous is None else previous.manifest.stats.get("vae")
     return Origin(vae=vae, encoder=context.inputs["encoder"].manifest.content_digest)
+
+
+def without_prompt(latents: Folder | None, encoder: ConditionEncoder | None) -> tuple[Condition, int]:
+    """What a sample without a prompt is conditioned on, and the channels of text states.
+
+    From `latents` where they hold text states (None: they hold none), and else from the encoder.
+    """
+    if latents is not None:
+        empty = read_empty(latents)
+        return Condition("", empty.runs, empty.states), empty.states.shape[1]
+    assert encoder is not None, "text states are stored or computed"
+    return Condition("", (encoder.num_tokens(""),)), encoder.dim
 
 
 def missing_warnings(ledger: Ledger, index: Index) -> list[str]:
@@ -220,9 +240,10 @@ def _initial_model(context: StepContext, *, latent_channels: int, text_dim: int)
 
 def _publish(
     context: StepContext,
-    *,
     ema: MMDiT,
-    encoder: ConditionEncoder,
+    *,
+    encoder: ConditionEncoder | None,
+    empty: Condition,
     groups: RowGroups[LatentGroup],
     curves: Curves,
     ledger: Ledger,
@@ -234,7 +255,8 @@ def _publish(
     if problems := check_ledger(ledger, plan, groups):
         raise LedgerError("; ".join(problems))
     save_mmdit(ema, context.output / "mmdit")
-    losses = validation_loss(ema, encoder, groups, latent_rows(groups.index, kinds=stage.kinds, split=HELD_OUT), seed=recipe.seed)
+    held_out = latent_rows(groups.index, kinds=stage.kinds, split=HELD_OUT)
+    losses = validation_loss(ema, encoder, groups, held_out, seed=recipe.seed, empty=empty)
     context.log({f"val/loss/{kind}": loss for kind, loss in losses.items()}, step=stage.steps)
     history = context.inputs["previous"].read_json("history.json") if "previous" in context.inputs else []
     history.append({"stage": context.stage, "curves": curves.points, "validation": losses})

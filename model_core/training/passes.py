@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +29,12 @@ class Done:
 
 @dataclass(frozen=True)
 class Passes:
-    """How a batch goes through the model: frozen `encoder`, layout over ranks, and whether passes run in bfloat16."""
+    """How a batch goes through the model: frozen `encoder`, layout over ranks, and whether passes run in bfloat16.
 
-    encoder: ConditionEncoder
+    Where all text states are stored, there need be no encoder.
+    """
+
+    encoder: ConditionEncoder | None
     layout: Layout
     bfloat16: bool = False
 
@@ -58,9 +62,9 @@ class Passes:
         return training_flops(mmdit_forward_flops(model.config, samples, latent_channels=model.latent_channels, text_dim=model.text_dim))
 
     def _loss(self, model: MMDiT, micro: MicroBatch, num_elements: int) -> Tensor:
-        device = next(model.parameters()).device
-        text, mask = self.encoder.encode(micro.prompts)
-        text = text[mask]
+        weight = next(model.parameters())
+        device = weight.device
+        text = text_states(self.encoder, micro.prompts, micro.states, like=weight)
         if len(text) + len(micro.pictures) != len(micro.stream):
             raise ValueError(f"found {len(text)} text states; the latents were stored for {len(micro.stream) - len(micro.pictures)}")
         micro = micro.to(device)
@@ -69,8 +73,30 @@ class Passes:
         noisy = micro.pictures.masked_scatter(micro.is_target[:, None], interpolate(x0, micro.noise, t))
         stream, mine = self.layout.part(micro.stream)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16 and not is_sharded(model)):
-            velocity = model(noisy, text.to(device, noisy.dtype), micro.t, stream, attend=self.layout.attend)
+            velocity = model(noisy, text, micro.t, stream, attend=self.layout.attend)
         return flow_loss(velocity, velocity_target(x0, micro.noise)[mine], num_elements=num_elements)
+
+
+def text_states(encoder: ConditionEncoder | None, prompts: Sequence[str], stored: Sequence[Tensor | None], *, like: Tensor) -> Tensor:
+    """Text states (T, dim) of B samples in their order, in the dtype and on the device of `like`: stored ones, or the encoder's.
+
+    Raises ValueError where neither are at hand.
+    """
+    online = [prompt for prompt, states in zip(prompts, stored, strict=True) if states is None]
+    if online and encoder is None:
+        raise ValueError(f"found no text states of {len(online)} prompts, and there is no condition encoder")
+    encoded = encoder.encode_packed(online) if encoder is not None and online else None
+    known = [states for states in stored if states is not None]
+    if not known:
+        assert encoded is not None, "a pass has samples"
+        return encoded.states.to(like.device, like.dtype)
+    # All stored states of a pass are moved and cast at once.
+    moved = torch.cat(known).to(like.device, like.dtype, non_blocking=True)
+    if encoded is None:
+        return moved
+    kept = iter(moved.split([len(states) for states in known]))
+    computed = iter(encoded.states.to(like.device, like.dtype).split(encoded.lengths))
+    return torch.cat([next(computed) if states is None else next(kept) for states in stored])
 
 
 def idle_pass(model: MMDiT) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from model_core.models.segments import Sample, num_tokens, text_runs
 from model_core.recipe import CompressionRatio, MMDiTModel, VAEModel
 from model_core.training.parameters import (
     RGB,
@@ -41,20 +42,12 @@ GPUS = {
 }
 
 
-Sample = tuple[int | tuple[int, int], ...]  # so many text tokens, or a picture of (h, w) tokens; the target last
-
-
-def segment_tokens(sample: Sample) -> list[int]:
-    """Tokens of each segment of a sample."""
-    return [segment if isinstance(segment, int) else segment[0] * segment[1] for segment in sample]
-
-
 def attention_pairs(sample: Sample, *, attention: Literal["full", "block_causal"]) -> int:
     """Pairs of a query and a key that it looks at.
 
     Full: S^2. Block-causal (public code of Qwen-Image-2.1): text token i looks at i + 1 tokens, each image at all before it and itself.
     """
-    lengths = segment_tokens(sample)
+    lengths = [num_tokens(segment) for segment in sample]
     if attention == "full":
         return sum(lengths) ** 2
     pairs = before = 0
@@ -71,9 +64,9 @@ def mmdit_forward_flops(config: MMDiTModel, samples: Sequence[Sample], *, latent
     and the modulation shared by all blocks once a sample, and once more a pass for what is modulated at t = 0.
     """
     width, num = config.width, len(samples)
-    text = sum(segment for sample in samples for segment in sample if isinstance(segment, int))
-    target = sum(segment_tokens(sample)[-1] for sample in samples)
-    stream = sum(sum(segment_tokens(sample)) for sample in samples)
+    text = sum(sum(text_runs(sample)) for sample in samples)
+    target = sum(num_tokens(sample[-1]) for sample in samples)
+    stream = sum(num_tokens(segment) for sample in samples for segment in sample)
     pairs = sum(attention_pairs(sample, attention=config.attention) for sample in samples)
     image_in = latent_channels * width + (config.head_dim * width if config.place_input else 0)
     times = num + (1 if config.condition_at_t0 else 0)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from model_core.data.conditions import Condition, condition_of
 from model_core.data.keys import keyed_generator
 from model_core.data.latents import LatentGroup, floats
 from model_core.data.loader import tokens
@@ -18,8 +19,10 @@ from model_core.data.plan import Rows
 from model_core.data.row_groups import RowGroups
 from model_core.models.condition import ConditionEncoder
 from model_core.models.mmdit import MMDiT
-from model_core.models.stream import Sample, pack
+from model_core.models.segments import interleave
+from model_core.models.stream import pack
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
+from model_core.training.passes import text_states
 
 TIMES = tuple((index + 0.5) / 8 for index in range(8))
 MAX_SAMPLES = 128  # a kind
@@ -27,11 +30,14 @@ MAX_SAMPLES = 128  # a kind
 
 @torch.inference_mode()
 def validation_loss(
-    model: MMDiT, encoder: ConditionEncoder, groups: RowGroups[LatentGroup], rows: dict[str, Rows], *, seed: int
+    model: MMDiT, encoder: ConditionEncoder | None, groups: RowGroups[LatentGroup], rows: dict[str, Rows], *, seed: int, empty: Condition
 ) -> dict[str, float]:
-    """Loss a kind on the held-out rows, of kinds that have at least one row for each time."""
+    """Loss a kind on the held-out rows, of kinds that have at least one row for each time.
+
+    Text states come from where training has them; `empty` is what a row without a prompt is conditioned on.
+    """
+    weight = next(model.parameters())
     result = {}
-    device = next(model.parameters()).device
     for kind, members in sorted(rows.items()):
         if members.total < len(TIMES):
             continue
@@ -43,16 +49,13 @@ def validation_loss(
             noise_tokens = tokens(torch.from_numpy(noise[None]))[0]
             latents = pictures[-len(noise_tokens) :].clone()
             pictures[-len(noise_tokens) :] = interpolate(latents, noise_tokens, torch.full((len(noise_tokens),), time))
-            text, mask = encoder.encode([group.prompts["instruction"][row] or group.prompts["general"][row]])
-            grid = (group.bucket.height, group.bucket.width)
-            sample: Sample = (int(mask.sum()), *[grid] * (group.bucket.num_references + 1))
-            velocity = model(
-                pictures.to(device),
-                text[mask].to(device, pictures.dtype),
-                torch.tensor([time], device=device),
-                pack([sample], model.config).to(device),
-            )
-            losses[time].append(float(flow_loss(velocity.cpu(), velocity_target(latents, noise_tokens), num_elements=latents.numel())))
+            name = "instruction" if kind == "edit" else "general"
+            condition = condition_of(group, row, name if group.prompts[name][row] else None, empty=empty)
+            text = text_states(encoder, [condition.prompt], [condition.states], like=weight)
+            sample = interleave(condition.runs, [(group.bucket.height, group.bucket.width)] * (group.bucket.num_references + 1))
+            t, stream = torch.tensor([time], device=weight.device), pack([sample], model.config).to(weight.device)
+            velocity = model(pictures.to(weight.device), text, t, stream).cpu()
+            losses[time].append(float(flow_loss(velocity, velocity_target(latents, noise_tokens), num_elements=latents.numel())))
         result[kind] = float(np.mean([np.mean(values) for values in losses.values()]))
     return result
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from model_core.data.conditions import Condition
 from model_core.data.folders import LocalFolder
 from model_core.data.index import read_index
 from model_core.data.latents import latent_group, latent_rows
 from model_core.data.loader import Draws, Loader
 from model_core.data.plan import make_plan
 from model_core.data.row_groups import RowGroups
+from model_core.models.condition import TextStates
 from model_core.models.mmdit import MMDiT
 from model_core.recipe import MMDiTModel
 from model_core.site import LaunchProfile
@@ -34,13 +37,14 @@ MODEL = MMDiTModel(num_layers=2, num_heads=6, head_dim=8, rope_axes=(2, 4, 2))
 class Letters:
     """A stand-in for the encoder with as many states as the latents' token counts say, told by the prompt's letters."""
 
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_packed(self, prompts: list[str]) -> TextStates:
         lengths = [num_states(prompt) for prompt in prompts]
-        states = torch.zeros(len(prompts), max(lengths), TEXT_DIM)
-        for row, prompt in enumerate(prompts):
-            seed = sum(map(ord, prompt))
-            states[row, : lengths[row]] = torch.randn(lengths[row], TEXT_DIM, generator=torch.Generator().manual_seed(seed))
-        return states, torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        seeds = [sum(map(ord, prompt)) for prompt in prompts]
+        states = [
+            torch.randn(length, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+            for length, seed in zip(lengths, seeds, strict=True)
+        ]
+        return TextStates(torch.cat(states), [[length] for length in lengths])
 
 
 def num_states(prompt: str) -> int:
@@ -51,6 +55,8 @@ def num_states(prompt: str) -> int:
 def train(ranks: Ranks, root: Path, fields: dict[str, Any], budget: int | None, uri: str | None = None) -> tuple[list[float], float]:
     """Losses of a short training of images and edits of two shapes, and the sum of the averaged weights at its end."""
     profile = LaunchProfile.model_validate(fields | {"processes": ranks.size})
+    if profile.shard == "hsdp":  # as on machines of two processes each
+        ranks = replace(ranks, local_rank=ranks.rank % 2, local_size=2)
     folder, index = LocalFolder(root), read_index(LocalFolder(root))
     groups = RowGroups(folder, index, latent_group, capacity=16, say=print)
     rows = latent_rows(index, kinds=("image", "edit"))
@@ -59,7 +65,7 @@ def train(ranks: Ranks, root: Path, fields: dict[str, Any], budget: int | None, 
     torch.manual_seed(0)
     model = MMDiT(MODEL, latent_channels=CHANNELS, text_dim=TEXT_DIM)
     layout = lay_out(ranks, context_parallel=profile.context_parallel)
-    draws = Draws((0.0, 1.0), 0.1, {"general": 1.0}, empty_tokens=num_states(""))
+    draws = Draws((0.0, 1.0), 0.1, {"general": 1.0}, empty=Condition("", (num_states(""),)))
     loader = Loader(groups, plan, draws, MODEL, budget, layout.data)
     ema = ema_of(model)
     prepare(model, profile, ranks)
@@ -106,7 +112,7 @@ def alone(latents: Path) -> tuple[list[float], float]:
         (2, {"shard": "fsdp"}),
         (3, {"shard": "fsdp"}),
         (4, {"shard": "fsdp"}),
-        (2, {"shard": "hsdp"}),
+        (4, {"shard": "hsdp"}),
         (2, {"context_parallel": 2}),
         (3, {"context_parallel": 3}),
         (4, {"context_parallel": 2}),

@@ -23,35 +23,32 @@ def test_states_are_those_before_the_final_norm():
 
 
 def test_the_system_turn_is_read_but_its_tokens_are_dropped():
-    states, mask = encoder().encode(PROMPTS[:1])
-    assert states.shape == (1, len(encoder().token_ids(user_turn(PROMPTS[0]))), CONFIG.hidden_size)
-    assert bool(mask.all())
-    other, _ = encoder(system_prompt="Look well.").encode(PROMPTS[:1])
+    states = encoder().encode_packed(PROMPTS[:1]).states
+    assert states.shape == (len(encoder().token_ids(user_turn(PROMPTS[0]))), CONFIG.hidden_size)
+    other = encoder(system_prompt="Look well.").encode_packed(PROMPTS[:1]).states
     assert other.shape == states.shape
     assert not torch.allclose(other, states, atol=1e-3)
 
 
 def test_an_empty_prompt_counts_as_one_space():
     one = encoder()
-    assert torch.equal(one.encode([""])[0], one.encode([" "])[0])
+    assert torch.equal(one.encode_packed([""]).states, one.encode_packed([" "]).states)
 
 
-def test_a_prompt_has_the_same_states_beside_a_longer_one_and_padding_is_zero():
+def test_a_prompt_has_the_same_states_beside_a_longer_one():
     one = encoder()
-    alone, _ = one.encode(["a red circle"])
-    states, mask = one.encode(["a red circle", PROMPTS[0]])
-    length = alone.shape[1]
-    assert mask.sum(dim=1).tolist() == [length, states.shape[1]]
-    assert torch.allclose(states[0, :length], alone[0], atol=1e-5)
-    assert not states[0, length:].any()
+    alone = one.encode_packed(["a red circle"]).states
+    first, second = one.encode_packed(["a red circle", PROMPTS[0]]).split()
+    assert len(first) == len(alone) < len(second)
+    assert torch.allclose(first, alone, atol=1e-5)
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_both_numbers_and_its_template_does_not_count():
     one = encoder(max_tokens=12)
     own = len(one.token_ids(PROMPTS[0]))
     with pytest.raises(UserError, match=rf"found {own} tokens; allowed are {own - 1}"):
-        encoder(max_tokens=own - 1).encode([PROMPTS[0]])
-    assert encoder(max_tokens=own).encode([PROMPTS[0]])[0].shape[1] == one.num_tokens(PROMPTS[0]) > own
+        encoder(max_tokens=own - 1).encode_packed([PROMPTS[0]])
+    assert len(encoder(max_tokens=own).encode_packed([PROMPTS[0]]).states) == one.num_tokens(PROMPTS[0]) > own
 
 
 def test_prompts_of_1024_tokens_are_read_whole_and_beside_short_ones():
@@ -62,20 +59,18 @@ def test_prompts_of_1024_tokens_are_read_whole_and_beside_short_ones():
     packed = one.encode_packed(["a red circle", long])
     assert packed.lengths == [one.num_tokens("a red circle"), one.num_tokens(long)]
     assert packed.lengths[1] > 1024
-    assert torch.allclose(packed.split()[0], one.encode(["a red circle"])[0][0], atol=1e-5)
+    assert torch.allclose(packed.split()[0], one.encode_packed(["a red circle"]).states, atol=1e-5)
     assert packed.states.isfinite().all()
 
 
-def test_packed_rows_are_the_padded_ones_in_the_order_of_the_prompts():
+def test_packed_states_are_in_the_order_of_the_prompts():
     one = encoder()
     prompts = ["a", *PROMPTS, "", "a red circle " * 5]
     packed = one.encode_packed(prompts)
-    states, mask = one.encode(prompts)
-    assert packed.lengths == mask.sum(dim=1).tolist() == [one.num_tokens(prompt) for prompt in prompts]
+    assert packed.lengths == [one.num_tokens(prompt) for prompt in prompts]
     assert packed.segments == [[length] for length in packed.lengths]
-    assert torch.equal(packed.states, states[mask])
     for row, prompt in zip(packed.split(), prompts, strict=True):
-        assert torch.allclose(row, one.encode([prompt])[0][0], atol=1e-5)
+        assert torch.allclose(row, one.encode_packed([prompt]).states, atol=1e-5)
 
 
 def test_batches_keep_to_their_budgets_and_hold_each_sequence_once():
@@ -141,7 +136,7 @@ def test_weights_are_keyed_by_the_seed_and_the_callers_random_numbers_stay_as_th
 
 def test_words_that_differ_have_states_that_differ_and_nothing_is_trained():
     one = encoder()
-    states, _ = one.encode([f"a {color} circle" for color in COLORS])
+    states = torch.stack(one.encode_packed([f"a {color} circle" for color in COLORS]).split())
     place = one.token_ids(user_turn("a red circle")).index(one.token_ids(" red")[0])
     words = torch.nn.functional.normalize(states[:, place], dim=-1)
     assert (words @ words.T - torch.eye(len(COLORS))).abs().max() < 0.7
@@ -170,7 +165,7 @@ def test_a_saved_encoder_opens_to_the_same_states(tmp_path):
     one = encoder()
     save_encoder(one, tmp_path / "encoder")
     loaded = load_encoder(tmp_path / "encoder")
-    assert torch.equal(loaded.encode(PROMPTS)[0], one.encode(PROMPTS)[0])
+    assert torch.equal(loaded.encode_packed(PROMPTS).states, one.encode_packed(PROMPTS).states)
     assert (loaded.system_prompt, loaded.max_tokens, loaded.dim) == ("Look.", 64, CONFIG.hidden_size)
 
 

@@ -172,7 +172,7 @@ def test_what_cannot_be_a_condition_is_refused():
     with pytest.raises(ValueError, match="is not shown images"):
         encoder().encode_packed(["a"], [[PICTURES[0]]])
     with pytest.raises(UserError, match=r"mark of an image slot in 'a <\|image_pad\|>'"):
-        encoder().encode(["a <|image_pad|>"])
+        encoder().encode_packed(["a <|image_pad|>"])
 
 
 def test_whether_it_sees_images_is_saved_and_other_vision_towers_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from model_core.data.latents import floats, latent_group, latent_rows
 from model_core.data.loader import Batch, Draws, Loader, MicroBatch, first_fit, tokens
 from model_core.data.plan import make_plan
 from model_core.data.row_groups import RowGroups
-from model_core.models.stream import num_tokens
+from model_core.models.segments import num_tokens
 from model_core.training.distributed import Ranks
 from model_core.training.ledger import Ledger, check_ledger
 from tests.latent_sets import MODEL, sample_id, write_latents

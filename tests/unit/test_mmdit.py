@@ -10,7 +10,8 @@ from torch import Tensor
 
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit, timestep_embedding
 from model_core.models.rope import rotary_table, rotate
-from model_core.models.stream import Sample, num_tokens, pack, pack_prefix, pack_targets
+from model_core.models.segments import Sample, num_tokens
+from model_core.models.stream import pack, pack_prefix, pack_targets
 from model_core.recipe import MMDiTModel
 
 TINY = MMDiTModel(num_layers=2, num_heads=2, head_dim=16, rope_axes=(4, 6, 6))

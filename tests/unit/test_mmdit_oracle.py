@@ -13,8 +13,9 @@ from torch import Tensor
 from model_core.documents import UserError
 from model_core.models.mmdit import MMDiT
 from model_core.models.mmdit_diffusers import from_diffusers, to_diffusers
-from model_core.models.rope import Segment, rotary_table, sample_positions
-from model_core.models.stream import num_tokens, pack
+from model_core.models.rope import rotary_table, sample_positions
+from model_core.models.segments import Segment, num_tokens
+from model_core.models.stream import pack
 from model_core.recipe import MMDiTModel
 
 

@@ -7,27 +7,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model_core.models.condition import TextStates
 from model_core.models.mmdit import MMDiT
 from model_core.models.stream import Stream
 from model_core.models.vae import ResidualVAE
 from model_core.recipe import MMDiTModel, Sampling, VAEModel
+from model_core.sampling import pipeline
 from model_core.sampling.pipeline import sample
+from tests.tiny_encoders import encoder, picture
 
 CHANNELS, TEXT_DIM, SIZE = 64, 8, (32, 48)
 SAMPLING = Sampling(steps=3, guidance_scale=2.0)
 
 
 class Letters:
-    """A stand-in for the encoder: one token a letter, a fixed state for each."""
+    """A stand-in for the encoder, which sees no images: one token a letter, a fixed state for each."""
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        longest = max(len(prompt or " ") for prompt in prompts)
-        states = torch.zeros(len(prompts), longest, TEXT_DIM)
-        for row, prompt in enumerate(prompts):
-            for place, letter in enumerate(prompt or " "):
-                states[row, place] = torch.randn(TEXT_DIM, generator=torch.Generator().manual_seed(ord(letter)))
-        mask = torch.tensor([[place < len(prompt or " ") for place in range(longest)] for prompt in prompts])
-        return states, mask
+    sees_images, multiple_px = False, 16
+
+    def encode_packed(self, prompts: Sequence[str], images: None = None) -> TextStates:
+        letters = "".join(prompt or " " for prompt in prompts)
+        states = [torch.randn(TEXT_DIM, generator=torch.Generator().manual_seed(ord(letter))) for letter in letters]
+        return TextStates(torch.stack(states), [[len(prompt or " ")] for prompt in prompts])
 
 
 class Straight(nn.Module):
@@ -133,6 +134,60 @@ def test_the_order_of_two_condition_images_matters(mmdit, vae):
     first, second = torch.full((1, 3, 16, 16), -0.5), torch.full((1, 3, 16, 16), 0.5)
     pictures = [draw(mmdit, vae, ["red"], [1], references=order) for order in ([first, second], [second, first])]
     assert (pictures[0] - pictures[1]).abs().max() > 1e-3
+
+
+class Shown:
+    """An encoder that sees images, and is shown others than the sampler gives where `swapped` are set; keeps what it was given."""
+
+    sees_images, multiple_px = True, 32
+
+    def __init__(self, swapped: list[Tensor] | None = None) -> None:
+        self.one, self.swapped, self.given = encoder(sees_images=True), swapped, []
+
+    def encode_packed(self, prompts: Sequence[str], images: Sequence[Sequence[Tensor]]) -> TextStates:
+        self.given.append((list(prompts), [list(row) for row in images]))
+        return self.one.encode_packed(prompts, images if self.swapped is None else [self.swapped] * len(prompts))
+
+
+@pytest.mark.parametrize("attention", ["full", "block_causal"])
+def test_an_encoder_that_sees_images_is_shown_them_in_both_branches_and_they_lie_at_its_slots(vae, monkeypatch, attention):
+    config = MMDiTModel(num_layers=1, num_heads=2, head_dim=16, rope_axes=(4, 6, 6), attention=attention, condition_at_t0=True)
+    torch.manual_seed(0)
+    model = MMDiT(config, latent_channels=CHANNELS, text_dim=32).eval()
+    nn.init.normal_(model.image_out.weight, std=0.2)
+    references = [torch.stack([picture(number, 32, 64), picture(9 - number, 32, 64)]) for number in (1, 2)]
+    packed = []
+    for name in ("pack", "pack_prefix", "pack_targets"):
+        plain = getattr(pipeline, name)
+        monkeypatch.setattr(pipeline, name, lambda samples, config, plain=plain: [packed.append(samples), plain(samples, config)][1])
+
+    def drawn(encoder: Shown) -> Tensor:
+        known: dict[str, Any] = {"size_px": (32, 64), "seeds": [0, 1], "sampling": SAMPLING, "references": references}
+        return sample(model, vae, encoder, ["red", "a longer prompt"], **known)  # type: ignore[arg-type]
+
+    one = Shown()
+    seen = drawn(one)
+    (((prompts, images)),) = one.given
+    assert prompts == ["red", "a longer prompt", "", ""]
+    for row, pictures in enumerate(images):
+        assert all(torch.equal(found, given[row % 2]) for found, given in zip(pictures, references, strict=True))
+    runs = [segments[::2] for segments in one.one.encode_packed(prompts, images).segments]
+    assert all(samples == [(first, (2, 4), second, (2, 4), third, (2, 4)) for first, second, third in runs] for samples in packed)
+    assert len(packed) == (1 if attention == "full" else 2)
+    # The autoencoder is given the same pictures in both: only what the encoder is shown differs.
+    swapped = drawn(Shown([torch.full((3, 32, 64), 0.9)] * 2))
+    assert torch.equal(drawn(Shown()), seen)
+    assert (swapped - seen).abs().max() > 1e-4
+
+
+def test_without_references_an_encoder_that_sees_images_is_given_prompts_alone(vae):
+    torch.manual_seed(0)
+    model = MMDiT(MMDiTModel(num_layers=1, num_heads=2, head_dim=16, rope_axes=(4, 6, 6)), latent_channels=CHANNELS, text_dim=32).eval()
+    one = Shown()
+    sample(model, vae, one, ["red"], size_px=(32, 64), seeds=[0], sampling=SAMPLING)  # type: ignore[arg-type]
+    assert one.given == [(["red", ""], [[], []])]
+    with pytest.raises(ValueError, match=r"\(48, 64\) is not a multiple of 32"):
+        sample(model, vae, one, ["red"], size_px=(48, 64), seeds=[0], sampling=SAMPLING)  # type: ignore[arg-type]
 
 
 def test_a_size_that_16_does_not_divide_is_refused(mmdit, vae):

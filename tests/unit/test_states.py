@@ -4,42 +4,26 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import duckdb
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 
 from model_core.data.folders import LocalFolder
 from model_core.data.index import read_index
 from model_core.data.latents import CAPTIONS, LatentGroup, LatentWriter, Origin, latent_group, open_latents, states_by_kind
 from model_core.data.pixels import image_tensor
 from model_core.data.row_groups import RowGroups
-from model_core.data.shards import make_row, write_rows
 from model_core.data.states import EMPTY, read_empty
 from model_core.documents import UserError
-from model_core.models.condition import ConditionEncoder, load_encoder, save_encoder
-from model_core.models.vae import ResidualVAE, save_vae
-from model_core.recipe import Recipe, VAEModel
+from model_core.models.condition import ConditionEncoder, load_encoder
 from model_core.steps import encode_latents
+from tests.encoded_inputs import Input, write_inputs, write_stage
 from tests.latent_sets import CHANNELS, ORIGIN, row, write_latents
 from tests.tiny_encoders import PROMPTS, encoder
 
 EVERY = {"image": CAPTIONS, "edit": ("instruction", EMPTY)}
-
-
-class Input(LocalFolder):
-    """A folder that stands for a step's input."""
-
-    def __init__(self, root: Path, **stats: Any) -> None:
-        super().__init__(root)
-        object.__setattr__(self, "manifest", SimpleNamespace(stats=stats, content_digest=f"{root.name:<64}"))
-
-    def folder(self, name: str) -> Path:
-        return self.root / name
 
 
 def test_what_is_stored_follows_from_stage_and_encoder():
@@ -53,52 +37,7 @@ def test_what_is_stored_follows_from_stage_and_encoder():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Input]:
-    """Six pictures, one of them without a text caption, and five edits with one or two references, one of them wide."""
-    root = tmp_path_factory.mktemp("inputs")
-    known = {"provenance": "test", "licence": "unknown", "annotation": "{}"}
-    pictures = [Image.effect_noise((64, 64), 10 + number).convert("RGB") for number in range(12)]
-    wide = [picture.resize((128, 64)) for picture in pictures]
-    images = [make_row(picture, kind="image", caption=f"noise {number}", **known) for number, picture in enumerate(pictures[:6])]
-    edits = [
-        make_row(target, kind="edit", references=references, instruction=prompt, operation="style", caption="noise", **known)
-        for target, references, prompt in [
-            (pictures[6], [pictures[7]], PROMPTS[0]),
-            (pictures[8], [pictures[9]], "a longer instruction than the other one has"),
-            (pictures[10], [pictures[11], pictures[0]], PROMPTS[1]),
-            (wide[1], [wide[2]], PROMPTS[2]),
-            (pictures[1], [pictures[2]], "x"),
-        ]
-    ]
-    for name, rows in (("images", images), ("text_images", []), ("edits", edits)):
-        (root / name).mkdir()
-        write_rows(root / name, iter(rows))
-    (root / "kept").mkdir()
-    ids = [(one.sample_id, one.kind, name) for name, rows in (("images", images), ("edits", edits)) for one in rows]
-    pq.write_table(
-        pa.table(
-            {
-                "sample_id": pa.array([one[0] for one in ids], pa.binary(16)),
-                "kind": [one[1] for one in ids],
-                "input": [one[2] for one in ids],
-            }
-        ),
-        root / "kept/kept.parquet",
-    )
-    (root / "captions").mkdir()
-    captions = [
-        {"sample_id": one[0], **{name: f"a {name} {number}" if (name, number) != ("text", 2) else "" for name in CAPTIONS}}
-        for number, one in enumerate(ids)
-    ]
-    pq.write_table(pa.Table.from_pylist(captions), root / "captions/captions.parquet")
-    torch.manual_seed(0)
-    save_vae(
-        ResidualVAE(VAEModel(latent_channels=4, stem_fold=16, encoder_widths=[8], decoder_widths=[8], mid_attention=False)),
-        root / "vae/vae",
-    )
-    for sees_images in (False, True):
-        save_encoder(encoder(sees_images=sees_images), root / f"encoder-{sees_images}/encoder")
-    made = {name: Input(root / name) for name in ("images", "text_images", "edits", "captions", "vae", "encoder-False", "encoder-True")}
-    return made | {"kept": Input(root / "kept", kinds={"image": 6, "edit": 5})}
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +46,7 @@ def encode(inputs, tmp_path_factory) -> Callable[..., Path]:
 
     @functools.cache
     def made(*, sees_images: bool, cache_states: bool) -> Path:
-        stage = {"resolution_px": 64, "cache_states": cache_states, "kinds": ["image", "edit"]}
-        recipe = Recipe.model_validate({"name": "tiny", "mmdit": {"stages": {"S1": stage}}})
-        output = tmp_path_factory.mktemp("latents")
-        given = {**inputs, "encoder": inputs[f"encoder-{sees_images}"]}
-        progress = SimpleNamespace(update=lambda *_: None)
-        encode_latents.run(SimpleNamespace(recipe=recipe, stage="S1", inputs=given, output=output, progress=progress))  # type: ignore[arg-type]
-        return output
+        return write_stage(inputs, tmp_path_factory.mktemp("latents"), sees_images=sees_images, cache_states=cache_states)
 
     return made
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model_core.models.attention import attend
-from model_core.models.stream import Sample, num_tokens, pack
+from model_core.models.segments import Sample, num_tokens
+from model_core.models.stream import pack
 from model_core.recipe import MMDiTModel
 
 TINY = MMDiTModel(num_layers=1, num_heads=2, head_dim=8, rope_axes=(2, 4, 2))

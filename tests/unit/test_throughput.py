@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model_core.documents import UserError
 from model_core.models.condition import last_states
 from model_core.models.mmdit import MMDiT
+from model_core.models.segments import Sample, num_tokens
 from model_core.models.stream import pack
 from model_core.models.tiny_vlm import tiny_qwen3_vl
 from model_core.models.vae import ResidualVAE
@@ -26,12 +27,10 @@ from model_core.training.parameters import (
 )
 from model_core.training.throughput import (
     GPUS,
-    Sample,
     attention_pairs,
     flops_utilisation,
     goodput,
     mmdit_forward_flops,
-    segment_tokens,
     text_encoder_flops,
     training_flops,
     vae_decoder_flops,
@@ -81,7 +80,7 @@ def test_a_packed_batch_is_the_sum_of_its_samples() -> None:
 @pytest.mark.parametrize("sample", [(5, (2, 3)), (3, (1, 2), (2, 2)), (1, (2, 1), 4, (1, 5), (1, 3))])
 def test_block_causal_pairs_are_those_of_the_mask_counted_one_by_one(sample: Sample) -> None:
     owner = []
-    for number, (segment, length) in enumerate(zip(sample, segment_tokens(sample), strict=True)):
+    for number, (segment, length) in enumerate((segment, num_tokens(segment)) for segment in sample):
         owner += ["text" if isinstance(segment, int) else f"image {number}"] * length
     seen = [
         (query, key)
