@@ -133,6 +133,22 @@ class VAEModel(Section):
     decoder_blocks: Count = 3  # S
     shortcut: Literal["none", "local", "global", "cosine"] = "global"  # R2 4.1: global is fastest; cosine: on a DCT basis (ours)
     mid_attention: bool = True  # S
+    pixel_channels: Literal[3, 4] = 3  # RGB; S has 4, RGBA
+    mixers: bool = True  # gated 1x1 convolutions beside each resampling, where S's idle temporal ones are (ours)
+    post_quant_conv: bool = False  # 1x1 convolution on the latent before the decoder; S has it
+    temporal_folds: list[bool] = []  # local shortcut: levels that fold two frames, the first empty; S: [false, true, true, true]
+    norm_eps: PositiveFloat = 1e-6  # added to the mean square in each norm (ours); S divides by the bare norm: 1e-24
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> VAEModel:
+        if self.temporal_folds and (self.shortcut != "local" or len(self.temporal_folds) != len(self.encoder_widths) - 1):
+            raise ValueError(
+                f"temporal_folds has {len(self.temporal_folds)} levels with a {self.shortcut} shortcut; it needs a local one and an entry"
+                f" for each of {len(self.encoder_widths) - 1} resamplings"
+            )
+        if self.shortcut == "cosine" and self.pixel_channels != 3:
+            raise ValueError("a cosine shortcut needs pixel_channels 3: its basis is made of colours without an alpha")
+        return self
 
     @model_validator(mode="after")
     def _levels_make_f16(self) -> VAEModel:
@@ -160,9 +176,14 @@ class VAE(Section):
     l1_weight: Annotated[float, Field(ge=0.0)] = 1.0  # R2: pixel L1, weight 1
     mse_weight: Annotated[float, Field(ge=0.0)] = 0.0  # ours: leaves the median trap of L1 on flat pictures
     edge_weight: Annotated[float, Field(ge=0.0)] = 0.0  # ours: L1 of image gradients, stands in for LPIPS where no backbone is at hand
+    lpips_weight: Annotated[float, Field(ge=0.0)] = 0.0  # R1 3.1 and R2 have a perceptual loss, R2 LPIPS; neither tells its weight
+    lpips_path: str | None = None  # safetensors file of VGG16 and LPIPS's linear weights (docs/reference/vae.md); None: no LPIPS
     align_weight: Annotated[float, Field(ge=0.0)] = 0.1  # R2 4.2, weight from VA-VAE's code
+    align_weight_relaxed: Annotated[float, Field(ge=0.0)] | None = None  # at the end, reached linearly (R1 3.1: relaxed); None: the same
     align_margins: tuple[float, float] = (0.0, 0.0)  # m_cos, m_dist at the start: strict
     align_margins_relaxed: tuple[float, float] = (0.5, 0.25)  # at the end: relaxed (VA-VAE's code)
+    teacher_path: str | None = None  # folder of DINOv2 weights (R2: DINOv2-L); None: oriented edges, made by hand (ours)
+    teacher_layer: Count | None = None  # of DINOv2, counted from 1; R2: one middle layer, undisclosed
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     log_every_steps: Count = 20
     checkpoint_every_steps: Count = 100
@@ -173,6 +194,18 @@ class VAE(Section):
         if value % CompressionRatio:
             raise ValueError(f"found {value}; allowed are multiples of {CompressionRatio}")
         return value
+
+    @model_validator(mode="after")
+    def _losses_have_their_networks(self) -> VAE:
+        if (self.lpips_weight > 0) != (self.lpips_path is not None):
+            raise ValueError(
+                f"lpips_weight {self.lpips_weight} and lpips_path {self.lpips_path!r}: a weight above 0 needs a file, and a file one"
+            )
+        if (self.teacher_path is None) != (self.teacher_layer is None):
+            raise ValueError(f"teacher_path {self.teacher_path!r} and teacher_layer {self.teacher_layer} go together: set both or none")
+        if self.teacher_path is not None and not (self.align_weight or self.align_weight_relaxed):
+            raise ValueError(f"teacher_path {self.teacher_path!r} teaches nothing with an align_weight of 0; allowed is one above 0")
+        return self
 
 
 class MMDiTModel(Section):

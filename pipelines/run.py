@@ -81,9 +81,18 @@ def check_inputs(recipe: Recipe, site: Site) -> None:
     from model_core.data.sources import check_sources
     from model_core.data.typefaces import check_typefaces
 
-    for field, path in (("encoder.path", recipe.encoder.path), ("vae.path", recipe.vae.path), ("mmdit.path", recipe.mmdit.path)):
+    folders = {
+        "encoder.path": recipe.encoder.path,
+        "vae.path": recipe.vae.path,
+        "vae.teacher_path": recipe.vae.teacher_path,
+        "mmdit.path": recipe.mmdit.path,
+    }
+    for field, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
             raise UserError(f"recipe {recipe.name}: {field}: found {path!r}; allowed is a folder with weights")
+    lpips = recipe.vae.lpips_path
+    if lpips is not None and not Path(lpips).expanduser().is_file():
+        raise UserError(f"recipe {recipe.name}: vae.lpips_path: found {lpips!r}; allowed is a safetensors file")
     check_sources(recipe, site)
     check_edits(recipe)
     check_filters(recipe)

@@ -13,6 +13,7 @@ from model_core.data.buckets import fit
 from model_core.data.pixels import image_tensor, tensor_image
 from model_core.models.condition import ConditionEncoder
 from model_core.models.mmdit import MMDiT
+from model_core.models.tiling import decode_pictures, encode_pictures
 from model_core.models.vae import ResidualVAE
 from model_core.recipe import Sampling
 from model_core.sampling.pipeline import sample
@@ -72,4 +73,4 @@ def draw(painter: Painter, requests: Sequence[Request], *, on_drawn: Callable[[i
 @torch.inference_mode()
 def reconstruct(vae: ResidualVAE, pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """Each picture through the autoencoder and back; sides are multiples of 16."""
-    return [tensor_image(vae.decode(vae.encode(image_tensor(picture)[None]))[0]) for picture in pictures]
+    return [tensor_image(decode_pictures(vae, encode_pictures(vae, image_tensor(picture)[None]))[0]) for picture in pictures]

@@ -33,6 +33,26 @@ def repeat_channels(x: Tensor, num_channels: int) -> Tensor:
     return x.repeat_interleave(num_channels // x.shape[1], dim=1)
 
 
+def shortcut_down(x: Tensor, num_channels: int, *, factor: int, temporal: bool) -> Tensor:
+    """(B, C, H, W) to (B, num_channels, H / factor, W / factor): patches folded into channels, and group means of those.
+
+    `temporal`: as a video autoencoder that folds two frames treats a single picture, before which it puts a frame of zeros (S).
+    """
+    folded = fold(x, factor)
+    if temporal:
+        frames = folded.unflatten(1, (x.shape[1], factor**2))
+        folded = torch.stack((torch.zeros_like(frames), frames), dim=2).flatten(1, 3)
+    return group_mean(folded, num_channels)
+
+
+def shortcut_up(x: Tensor, num_channels: int, *, temporal: bool) -> Tensor:
+    """(B, C, H, W) to (B, num_channels, 2 H, 2 W): channels repeated and unfolded; `temporal`: the second of two frames of that (S)."""
+    if not temporal:
+        return unfold(repeat_channels(x, 4 * num_channels), 2)
+    frames = repeat_channels(x, 8 * num_channels).unflatten(1, (num_channels, 2, 4))
+    return unfold(frames[:, :, 1].flatten(1, 2), 2)
+
+
 def group_size(many: int, few: int, where: str) -> int:
     """How many of `many` channels share one of `few`; raises ValueError when that is not a whole number."""
     if many % few:
@@ -41,26 +61,30 @@ def group_size(many: int, few: int, where: str) -> int:
 
 
 class ChannelRMSNorm(nn.Module):
-    """x / ||x|| sqrt(C) gamma over the channels of each place, without a bias (public code of Qwen-Image-2.1)."""
+    """x / ||x|| sqrt(C) gamma over the channels of each place, without a bias (public code of Qwen-Image-2.1).
 
-    def __init__(self, dim: int) -> None:
+    `eps` is added to the mean square: it keeps gradients finite where all channels are near zero.
+    """
+
+    def __init__(self, dim: int, *, eps: float) -> None:
         super().__init__()
+        self.eps = eps
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
         # Channels-last memory makes this view contiguous, so the norm reads neighbours.
-        normed: Tensor = F.rms_norm(x.movedim(1, -1), self.gamma.shape, self.gamma, eps=1e-6)
+        normed: Tensor = F.rms_norm(x.movedim(1, -1), self.gamma.shape, self.gamma, eps=self.eps)
         return normed.movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice, added to the input; 1x1 convolution on the way past when the width changes."""
 
-    def __init__(self, dim_in: int, dim_out: int) -> None:
+    def __init__(self, dim_in: int, dim_out: int, *, norm_eps: float) -> None:
         super().__init__()
-        self.norm1, self.conv1 = ChannelRMSNorm(dim_in), unit(nn.Conv2d(dim_in, dim_out, 3, padding=1))
-        self.norm2, self.conv2 = ChannelRMSNorm(dim_out), zero(nn.Conv2d(dim_out, dim_out, 3, padding=1))
+        self.norm1, self.conv1 = ChannelRMSNorm(dim_in, eps=norm_eps), unit(nn.Conv2d(dim_in, dim_out, 3, padding=1))
+        self.norm2, self.conv2 = ChannelRMSNorm(dim_out, eps=norm_eps), zero(nn.Conv2d(dim_out, dim_out, 3, padding=1))
         self.skip = nn.Identity() if dim_in == dim_out else unit(nn.Conv2d(dim_in, dim_out, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,9 +98,10 @@ class ResidualBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """Single-head self-attention over all places, added to the input; it makes the result depend on the whole picture."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, norm_eps: float) -> None:
         super().__init__()
-        self.norm, self.qkv, self.out = ChannelRMSNorm(dim), unit(nn.Conv2d(dim, 3 * dim, 1)), zero(nn.Conv2d(dim, dim, 1))
+        self.norm, self.qkv = ChannelRMSNorm(dim, eps=norm_eps), unit(nn.Conv2d(dim, 3 * dim, 1))
+        self.out = zero(nn.Conv2d(dim, dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
@@ -106,9 +131,9 @@ class GatedMixer(nn.Module):
 class Downsample(nn.Module):
     """Half the resolution: 3x3 convolution with stride 2, padded on the right and at the bottom."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, mixer: bool) -> None:
         super().__init__()
-        self.conv, self.mixer = unit(nn.Conv2d(dim, dim, 3, stride=2)), GatedMixer(dim)
+        self.conv, self.mixer = unit(nn.Conv2d(dim, dim, 3, stride=2)), GatedMixer(dim) if mixer else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H / 2, W / 2)."""
@@ -119,9 +144,9 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Twice the resolution: each place repeated 2x2, then a 3x3 convolution."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, mixer: bool) -> None:
         super().__init__()
-        self.mixer, self.conv = GatedMixer(dim), unit(nn.Conv2d(dim, dim, 3, padding=1))
+        self.mixer, self.conv = GatedMixer(dim) if mixer else nn.Identity(), unit(nn.Conv2d(dim, dim, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2 H, 2 W)."""

@@ -1,8 +1,8 @@
 """A frozen teacher for the latents' semantic alignment, where no pre-trained backbone is at hand.
 
-R2 aligns latents with a middle layer of DINOv2-L. This one is made by hand and knows no semantics: colour, and the strength of
-edges in eight directions at three scales, on the latent's grid. It asks the same of the latents - places that look alike to
-the teacher shall lie alike - at no cost.
+R2 aligns latents with a middle layer of DINOv2-L (model_core/models/dinov2.py). This one is made by hand and knows no
+semantics: colour, and the strength of edges in eight directions at three scales, on the latent's grid. It asks the same of the
+latents - places that look alike to the teacher shall lie alike - at no cost.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The f16c64 residual autoencoder: 16 times smaller sides, 64 channels, deterministic (R1 3.1, R2; no KL, no GAN).
 
-Legend: B batch, H and W sides of the picture, h = H / 16, w = W / 16, C latent channels, f the stem's fold. The widths and
-blocks of the default configuration are those of the successor's public code; only what a single picture needs is kept.
+Legend: B batch, H and W sides of the picture, h = H / 16, w = W / 16, C latent channels, P channels of a pixel (RGB or
+RGBA). The widths and blocks of the default configuration are those of the successor's public code; only what a single picture
+needs is kept.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from model_core.models.layers import (
     group_mean,
     group_size,
     repeat_channels,
+    shortcut_down,
+    shortcut_up,
     unfold,
     unit,
     zero,
 )
 from model_core.recipe import CompressionRatio, VAEModel
-
-RGB = 3
 
 
 class ResidualVAE(nn.Module):
@@ -59,23 +60,24 @@ class ResidualVAE(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Raw latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]; raises ValueError for sides that 16 does not divide."""
-        if images.shape[1] != RGB or images.shape[2] % CompressionRatio or images.shape[3] % CompressionRatio:
+        """Raw latents (B, C, h, w) of pictures (B, P, H, W) in [-1, 1]; raises ValueError for sides that 16 does not divide."""
+        channels = self.config.pixel_channels
+        if images.shape[1] != channels or images.shape[2] % CompressionRatio or images.shape[3] % CompressionRatio:
             raise ValueError(
-                f"found pictures of shape {tuple(images.shape)}; allowed are (B, {RGB}, H, W) with sides divisible by {CompressionRatio}"
+                f"found pictures of shape {tuple(images.shape)}; allowed are (B, {channels}, H, W), H and W divisible by {CompressionRatio}"
             )
         latents: Tensor = self.encoder(images.contiguous(memory_format=torch.channels_last))
         return latents if self.shortcut is None else latents + self.shortcut.down(images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W), not clamped, of raw latents (B, C, h, w)."""
+        """Pictures (B, P, H, W), not clamped, of raw latents (B, C, h, w)."""
         if latents.shape[1] != self.config.latent_channels:
             raise ValueError(f"found latents with {latents.shape[1]} channels; this model has {self.config.latent_channels}")
         images: Tensor = self.decoder(latents.contiguous(memory_format=torch.channels_last))
         return images if self.shortcut is None else images + self.shortcut.up(latents)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The reconstruction of pictures (B, 3, H, W)."""
+        """The reconstruction of pictures (B, P, H, W)."""
         return self.decode(self.encode(images))
 
     def standardise(self, latents: Tensor) -> Tensor:
@@ -88,21 +90,23 @@ class ResidualVAE(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) to (B, C, h, w)."""
+    """(B, P, H, W) to (B, C, h, w)."""
 
     def __init__(self, config: VAEModel) -> None:
         super().__init__()
         widths, self.stem_fold = config.encoder_widths, config.stem_fold
-        self.conv_in = unit(nn.Conv2d(RGB * config.stem_fold**2, widths[0], 3, padding=1))
+        folds = [*(config.temporal_folds or [False] * (len(widths) - 1)), False]
+        self.conv_in = unit(nn.Conv2d(config.pixel_channels * config.stem_fold**2, widths[0], 3, padding=1))
         self.levels = nn.ModuleList(
-            DownLevel(before, width, config, last=index == len(widths) - 1)
+            DownLevel(before, width, config, last=index == len(widths) - 1, temporal=folds[index])
             for index, (before, width) in enumerate(itertools.pairwise([widths[0], *widths]))
         )
         self.mid = mid_block(widths[-1], config)
-        self.norm_out, self.conv_out = ChannelRMSNorm(widths[-1]), unit(nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
+        self.norm_out = ChannelRMSNorm(widths[-1], eps=config.norm_eps)
+        self.conv_out = unit(nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C, h, w)."""
+        """(B, P, H, W) to (B, C, h, w)."""
         x = self.conv_in(fold(images, self.stem_fold))
         for level in self.levels:
             x = level(x)
@@ -111,22 +115,25 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, C, h, w) to (B, 3, H, W)."""
+    """(B, C, h, w) to (B, P, H, W)."""
 
     def __init__(self, config: VAEModel) -> None:
         super().__init__()
         widths, self.stem_fold = config.decoder_widths, config.stem_fold
+        folds = [*(config.temporal_folds[::-1] or [False] * (len(widths) - 1)), False]
+        self.post_quant = unit(nn.Conv2d(config.latent_channels, config.latent_channels, 1)) if config.post_quant_conv else nn.Identity()
         self.conv_in = unit(nn.Conv2d(config.latent_channels, widths[0], 3, padding=1))
         self.mid = mid_block(widths[0], config)
         self.levels = nn.ModuleList(
-            UpLevel(before, width, config, last=index == len(widths) - 1)
+            UpLevel(before, width, config, last=index == len(widths) - 1, temporal=folds[index])
             for index, (before, width) in enumerate(itertools.pairwise([widths[0], *widths]))
         )
-        self.norm_out, self.conv_out = ChannelRMSNorm(widths[-1]), unit(nn.Conv2d(widths[-1], RGB * config.stem_fold**2, 3, padding=1))
+        self.norm_out = ChannelRMSNorm(widths[-1], eps=config.norm_eps)
+        self.conv_out = unit(nn.Conv2d(widths[-1], config.pixel_channels * config.stem_fold**2, 3, padding=1))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, 3, H, W)."""
-        x = self.mid(self.conv_in(latents))
+        """(B, C, h, w) to (B, P, H, W)."""
+        x = self.mid(self.conv_in(self.post_quant(latents)))
         for level in self.levels:
             x = level(x)
         return unfold(self.conv_out(F.silu(self.norm_out(x))), self.stem_fold)
@@ -135,39 +142,43 @@ class Decoder(nn.Module):
 class DownLevel(nn.Module):
     """Residual blocks, then half the resolution unless it is the last level; around both, the local shortcut."""
 
-    def __init__(self, dim_in: int, dim_out: int, config: VAEModel, *, last: bool) -> None:
+    def __init__(self, dim_in: int, dim_out: int, config: VAEModel, *, last: bool, temporal: bool) -> None:
         super().__init__()
-        self.blocks = residual_blocks(dim_in, dim_out, config.encoder_blocks)
-        self.down = None if last else Downsample(dim_out)
-        self.local = config.shortcut == "local"
+        self.blocks = residual_blocks(dim_in, dim_out, config.encoder_blocks, norm_eps=config.norm_eps)
+        self.down = None if last else Downsample(dim_out, mixer=config.mixers)
+        self.local, self.temporal = config.shortcut == "local", temporal
         if self.local:
-            group_size(dim_in * (1 if last else 4), dim_out, f"encoder_widths: local shortcut from {dim_in} to {dim_out}")
+            group_size(
+                dim_in * (1 if last else 8 if temporal else 4), dim_out, f"encoder_widths: local shortcut from {dim_in} to {dim_out}"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim_in, H, W) to (B, dim_out, H / 2, W / 2), or the same sides in the last level."""
         out: Tensor = self.blocks(x)
         if self.down is not None:
             out = self.down(out)
-        return out + group_mean(x if self.down is None else fold(x, 2), out.shape[1]) if self.local else out
+        if not self.local:
+            return out
+        return out + shortcut_down(x, out.shape[1], factor=1 if self.down is None else 2, temporal=self.temporal)
 
 
 class UpLevel(nn.Module):
     """Residual blocks, then twice the resolution; around both, the local shortcut. The last level has neither (S)."""
 
-    def __init__(self, dim_in: int, dim_out: int, config: VAEModel, *, last: bool) -> None:
+    def __init__(self, dim_in: int, dim_out: int, config: VAEModel, *, last: bool, temporal: bool) -> None:
         super().__init__()
-        self.blocks = residual_blocks(dim_in, dim_out, config.decoder_blocks)
-        self.up = None if last else Upsample(dim_out)
-        self.local = config.shortcut == "local" and not last
+        self.blocks = residual_blocks(dim_in, dim_out, config.decoder_blocks, norm_eps=config.norm_eps)
+        self.up = None if last else Upsample(dim_out, mixer=config.mixers)
+        self.local, self.temporal = config.shortcut == "local" and not last, temporal
         if self.local:
-            group_size(4 * dim_out, dim_in, f"decoder_widths: local shortcut from {dim_in} to {dim_out}")
+            group_size((8 if temporal else 4) * dim_out, dim_in, f"decoder_widths: local shortcut from {dim_in} to {dim_out}")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim_in, H, W) to (B, dim_out, 2 H, 2 W), or the same sides in the last level."""
         out: Tensor = self.blocks(x)
         if self.up is not None:
             out = self.up(out)
-        return out + unfold(repeat_channels(x, 4 * out.shape[1]), 2) if self.local else out
+        return out + shortcut_up(x, out.shape[1], temporal=self.temporal) if self.local else out
 
 
 class FoldedShortcut(nn.Module):
@@ -175,16 +186,16 @@ class FoldedShortcut(nn.Module):
 
     def __init__(self, config: VAEModel) -> None:
         super().__init__()
-        self.num_channels = config.latent_channels
-        group_size(RGB * CompressionRatio**2, config.latent_channels, "latent_channels: global shortcut")
+        self.num_channels, self.patch = config.latent_channels, config.pixel_channels * CompressionRatio**2
+        group_size(self.patch, config.latent_channels, "latent_channels: global shortcut")
 
     def down(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C, h, w)."""
+        """(B, P, H, W) to (B, C, h, w)."""
         return group_mean(fold(images, CompressionRatio), self.num_channels)
 
     def up(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, 3, H, W)."""
-        return unfold(repeat_channels(latents, RGB * CompressionRatio**2), CompressionRatio)
+        """(B, C, h, w) to (B, P, H, W)."""
+        return unfold(repeat_channels(latents, self.patch), CompressionRatio)
 
 
 class CosineShortcut(nn.Module):
@@ -206,11 +217,11 @@ class CosineShortcut(nn.Module):
         self.register_buffer("weight", ((1 + frequency) / CompressionRatio)[:, None, None, None], persistent=False)
 
     def down(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) to (B, C, h, w)."""
+        """(B, P, H, W) to (B, C, h, w)."""
         return F.conv2d(fold(images, CompressionRatio), self.basis * self.weight)
 
     def up(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, 3, H, W)."""
+        """(B, C, h, w) to (B, P, H, W)."""
         return unfold(F.conv_transpose2d(latents, self.basis / self.weight), CompressionRatio)
 
 
@@ -224,15 +235,16 @@ def _global_shortcut(config: VAEModel) -> FoldedShortcut | CosineShortcut | None
             return None
 
 
-def residual_blocks(dim_in: int, dim_out: int, count: int) -> nn.Sequential:
+def residual_blocks(dim_in: int, dim_out: int, count: int, *, norm_eps: float) -> nn.Sequential:
     """`count` residual blocks, of which the first changes the width."""
-    return nn.Sequential(*(ResidualBlock(dim_in if index == 0 else dim_out, dim_out) for index in range(count)))
+    return nn.Sequential(*(ResidualBlock(dim_in if index == 0 else dim_out, dim_out, norm_eps=norm_eps) for index in range(count)))
 
 
 def mid_block(dim: int, config: VAEModel) -> nn.Sequential:
     """Residual block, self-attention, residual block at the latent's resolution; R2's suite goes without the attention."""
-    attention = [SpatialAttention(dim)] if config.mid_attention else []
-    return nn.Sequential(ResidualBlock(dim, dim), *attention, ResidualBlock(dim, dim))
+    eps = config.norm_eps
+    attention = [SpatialAttention(dim, norm_eps=eps)] if config.mid_attention else []
+    return nn.Sequential(ResidualBlock(dim, dim, norm_eps=eps), *attention, ResidualBlock(dim, dim, norm_eps=eps))
 
 
 def save_vae(vae: ResidualVAE, folder: Path) -> None:

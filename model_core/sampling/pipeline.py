@@ -12,6 +12,7 @@ from model_core.data.keys import keyed_generator
 from model_core.models.condition import ConditionEncoder
 from model_core.models.mmdit import MMDiT, reads_prefix_once
 from model_core.models.stream import Grid, Sample, pack, pack_prefix, pack_targets
+from model_core.models.tiling import decode_pictures, encode_pictures
 from model_core.models.vae import ResidualVAE
 from model_core.objectives.flow import shift_mu
 from model_core.objectives.guidance import guide
@@ -34,7 +35,8 @@ def sample(
 ) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] for B prompts, each with its own seed, whatever else is in the batch.
 
-    `size_px` is (H, W), multiples of 16. `references`: for editing, one (B, 3, H', W') tensor a condition image.
+    `size_px` is (H, W), multiples of 16; from 2048 px a side on, the autoencoder works in tiles. `references`: for editing, one
+    (B, 3, H', W') tensor a condition image.
     """
     height, width = (side // CompressionRatio for side in size_px)
     if (height * CompressionRatio, width * CompressionRatio) != tuple(size_px):
@@ -52,7 +54,7 @@ def sample(
     noise = [keyed_generator(seed, "sample").standard_normal((mmdit.latent_channels, height, width), dtype=np.float32) for seed in seeds]
     latents = euler(velocity, torch.from_numpy(np.stack(noise)).flatten(2).transpose(1, 2), times)
     grid = latents.transpose(1, 2).unflatten(2, (height, width))
-    return vae.decode(vae.unstandardise(grid)).clamp(-1, 1)
+    return decode_pictures(vae, vae.unstandardise(grid)).clamp(-1, 1)
 
 
 def _denoiser(
@@ -84,5 +86,5 @@ def _denoiser(
 
 def _condition(vae: ResidualVAE, images: Tensor) -> tuple[Tensor, Grid]:
     """A condition image as tokens, and its shape in tokens."""
-    latents = vae.standardise(vae.encode(images))
+    latents = vae.standardise(encode_pictures(vae, images))
     return latents.flatten(2).transpose(1, 2), (latents.shape[2], latents.shape[3])

@@ -23,9 +23,11 @@ from model_core.data.pixels import image_tensor
 from model_core.data.shards import RawRow, decode_image, read_kept_rows
 from model_core.data.states import EMPTY, PromptStates, write_empty
 from model_core.models.condition import ConditionEncoder, load_encoder
+from model_core.models.tiling import encode_pictures
 from model_core.models.vae import ResidualVAE, load_vae
 
 BATCH_IMAGES = 64
+BATCH_PIXELS = 2048 * 2048  # at once through the autoencoder, or one picture
 
 
 def run(context: StepContext) -> dict[str, Any]:
@@ -104,7 +106,11 @@ def _encode(vae: ResidualVAE, images: list[Tensor]) -> list[Tensor]:
     """Standardised latents (C, h, w) of pictures (3, H, W) of one size."""
     if not images:
         return []
-    return list(vae.standardise(vae.encode(torch.stack(images))).contiguous())
+    batch = max(1, BATCH_PIXELS // (images[0].shape[1] * images[0].shape[2]))
+    latents = []
+    for start in range(0, len(images), batch):
+        latents += list(vae.standardise(encode_pictures(vae, torch.stack(images[start : start + batch]))).contiguous())
+    return latents
 
 
 def _states(

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,9 +25,12 @@ from model_core.data.pixels import image_tensor, tensor_image
 from model_core.data.shards import RawRow, decode_image, read_kept_rows
 from model_core.documents import UserError
 from model_core.evaluation.reconstruction import psnr, ssim
+from model_core.models.lpips import LPIPS, load_lpips
 from model_core.models.teacher import OrientedEdges
+from model_core.models.tiling import RGB, decode_pictures, encode_pictures, opaque
 from model_core.models.vae import ResidualVAE, load_vae, save_vae
-from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss
+from model_core.models.vae_diffusers import is_diffusers, read_diffusers
+from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss, pair_places, value_at
 from model_core.recipe import VAE
 from model_core.training.checkpoint import Stateful
 from model_core.training.curves import Curves
@@ -35,6 +38,9 @@ from model_core.training.distributed import sum_gradients, sum_over_ranks
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
 from model_core.training.stopping import Stopped, noting_sigterm
+
+if TYPE_CHECKING:
+    from model_core.models.dinov2 import DINOv2Layer
 
 BETAS = (0.9, 0.99)
 STATISTICS_IMAGES = 1024
@@ -46,19 +52,20 @@ EVAL_BATCH = 64
 def run(context: StepContext) -> dict[str, Any]:
     """Trains to the end; returns held-out scores, counts and times."""
     config, seed, ranks = context.recipe.vae, context.recipe.seed, context.ranks
+    torch.use_deterministic_algorithms(True)
+    teacher, lpips = _teacher(config), None if config.lpips_path is None else load_lpips(Path(config.lpips_path).expanduser())
+    torch.manual_seed(seed)  # modules draw their initial weights from the global generator
+    model = AlignedVAE(_initial_vae(config), teacher_dim=teacher.dim)
     began = time.monotonic()
     pictures, held_out = _read_pictures(context)
     data_seconds = time.monotonic() - began
 
-    torch.use_deterministic_algorithms(True)
-    teacher = OrientedEdges()
-    torch.manual_seed(seed)  # modules draw their initial weights from the global generator
-    model = AlignedVAE(_initial_vae(config), teacher_dim=teacher.dim)
     ema = ema_of(model.vae)
     optimizer = Optimizer(
         model, lr=config.lr, warmup_steps=config.warmup_steps, betas=BETAS, weight_decay=config.weight_decay, grad_clip=config.grad_clip
     )
-    curves = Curves("loss", "l1", "mse", "edge", "align", "grad_norm")
+    names = ("l1", "mse", "edge", "align", *(["lpips"] if lpips else []))
+    curves = Curves("loss", *names, "grad_norm")
     stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
     restored = context.checkpoints.restore(stateful)
     first = 0 if restored is None else restored.step
@@ -70,9 +77,9 @@ def run(context: StepContext) -> dict[str, Any]:
             fetched = time.monotonic()
             images = batch(pictures, share, step=step, config=config, seed=seed)
             batch_seconds += time.monotonic() - fetched
-            parts = torch.zeros(5)
+            parts = torch.zeros(1 + len(names))
             if len(share):  # every part of the loss is a mean over equal pictures, so ranks weigh by theirs
-                loss, terms = losses(model, teacher, images, config=config, step=step)
+                loss, terms = losses(model, teacher, images, config=config, step=step, seed=seed, lpips=lpips)
                 weight = len(share) / config.batch_size
                 (loss * weight).backward()
                 parts = torch.stack([loss.detach(), *terms]) * weight
@@ -117,18 +124,27 @@ class AlignedVAE(nn.Module):
         self.project = nn.Conv2d(vae.config.latent_channels, teacher_dim, 1, bias=False)
 
 
-def losses(model: AlignedVAE, teacher: nn.Module, images: Tensor, *, config: VAE, step: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The weighted loss of pictures (B, 3, H, W) at a step, and its detached parts: L1, MSE, edges, alignment."""
-    latents = model.vae.encode(images)
+def losses(
+    model: AlignedVAE, teacher: nn.Module, images: Tensor, *, config: VAE, step: int, seed: int, lpips: LPIPS | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The weighted loss of pictures (B, 3, H, W) at a step, and its detached parts: L1, MSE, edges, alignment, and LPIPS if given."""
+    pixels = opaque(images, channels=model.vae.config.pixel_channels)
+    latents = model.vae.encode(pixels)
     decoded = model.vae.decode(latents)
     margins = margins_at(step, steps=config.steps, strict=config.align_margins, relaxed=config.align_margins_relaxed)
-    parts = (
-        l1_loss(decoded, images),
-        mse_loss(decoded, images),
-        edge_loss(decoded, images),
-        alignment_loss(model.project(latents), teacher(images), margins=margins),
-    )
-    weights = (config.l1_weight, config.mse_weight, config.edge_weight, config.align_weight)
+    places = pair_places(latents.shape[2] * latents.shape[3], seed, "alignment", step)
+    parts = [
+        l1_loss(decoded, pixels),
+        mse_loss(decoded, pixels),
+        edge_loss(decoded, pixels),
+        alignment_loss(model.project(latents), teacher(images), margins=margins, places=places),
+    ]
+    at_end = config.align_weight if config.align_weight_relaxed is None else config.align_weight_relaxed
+    align_weight = value_at(step, steps=config.steps, strict=config.align_weight, relaxed=at_end)
+    weights = [config.l1_weight, config.mse_weight, config.edge_weight, align_weight]
+    if lpips is not None:
+        parts.append(lpips(decoded[:, :RGB], images).mean())
+        weights.append(config.lpips_weight)
     loss = torch.stack([weight * part for weight, part in zip(weights, parts, strict=True) if weight]).sum()
     return loss, tuple(part.detach() for part in parts)
 
@@ -170,9 +186,23 @@ def _read_pictures(context: StepContext) -> tuple[list[bytes], list[RawRow]]:
     return pictures, held_out
 
 
+def _teacher(config: VAE) -> OrientedEdges | DINOv2Layer:
+    """DINOv2 where the recipe names it; raises UserError where that is none."""
+    if config.teacher_path is None or config.teacher_layer is None:
+        return OrientedEdges()
+    from model_core.models.dinov2 import load_dinov2  # transformers costs a second that few runs need
+
+    return load_dinov2(Path(config.teacher_path).expanduser(), layer=config.teacher_layer)
+
+
 def _initial_vae(config: VAE) -> ResidualVAE:
-    """The VAE at `vae.path`, or a fresh one."""
-    return ResidualVAE(config.model) if config.path is None else load_vae(Path(config.path)).train()
+    """The VAE at `vae.path`, in this project's files or diffusers', or a fresh one."""
+    if config.path is None:
+        return ResidualVAE(config.model)
+    folder = Path(config.path).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"vae.path: {folder} holds no config.json; allowed is a folder of a VAE's weights, this project's or diffusers'")
+    return (read_diffusers(folder) if is_diffusers(folder) else load_vae(folder)).train()
 
 
 def _publish(context: StepContext, *, ema: ResidualVAE, pictures: list[bytes], held_out: list[RawRow], curves: Curves) -> dict[str, Any]:
@@ -201,7 +231,7 @@ def _squares(pictures: Sequence[bytes], side_px: int) -> Tensor:
 @torch.inference_mode()
 def set_statistics(vae: ResidualVAE, images: Tensor) -> None:
     """Sets the latents' mean and deviation a channel to those of the pictures' latents."""
-    latents = torch.cat([vae.encode(part).flatten(2) for part in images.split(EVAL_BATCH)]).double()
+    latents = torch.cat([encode_pictures(vae, part).flatten(2) for part in images.split(EVAL_BATCH)]).double()
     vae.latent_mean.copy_(latents.mean(dim=(0, 2)))
     # A channel that never changes carries nothing; its deviation stays above zero so that it can be divided by.
     vae.latent_std.copy_(latents.std(dim=(0, 2), correction=0).clamp_min(1e-4))
@@ -210,7 +240,7 @@ def set_statistics(vae: ResidualVAE, images: Tensor) -> None:
 @torch.inference_mode()
 def score(vae: ResidualVAE, images: Tensor, kinds: Sequence[str]) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of the reconstructions; PSNR also a kind."""
-    pairs = [(vae.decode(vae.encode(part)), part) for part in images.split(EVAL_BATCH)]
+    pairs = [(decode_pictures(vae, encode_pictures(vae, part)), part) for part in images.split(EVAL_BATCH)]
     decibels, similarity = (torch.cat([metric(*pair) for pair in pairs]) for metric in (psnr, ssim))
     result = {"psnr": round(decibels.mean().item(), 4), "ssim": round(similarity.mean().item(), 5)}
     for kind in sorted(set(kinds)):
@@ -222,5 +252,6 @@ def score(vae: ResidualVAE, images: Tensor, kinds: Sequence[str]) -> dict[str, f
 @torch.inference_mode()
 def show(vae: ResidualVAE, images: Tensor, path: Path) -> None:
     """Draws pictures above their reconstructions, three times as large."""
-    sheet = tensor_image(torch.cat([torch.cat(list(row), dim=2) for row in (images, vae.decode(vae.encode(images)))], dim=1))
+    decoded = decode_pictures(vae, encode_pictures(vae, images))
+    sheet = tensor_image(torch.cat([torch.cat(list(row), dim=2) for row in (images, decoded)], dim=1))
     sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST).save(path)

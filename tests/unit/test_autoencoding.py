@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from model_core.models.teacher import OrientedEdges
-from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss
+from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_loss, margins_at, mse_loss, pair_places, value_at
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -65,6 +67,31 @@ def test_latents_within_the_margins_feel_no_pull() -> None:
 def test_alignment_refuses_unequal_shapes() -> None:
     with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\).*\(1, 5, 2, 2\)"):
         alignment_loss(normal(1, 4, 2, 2), normal(1, 5, 2, 2), margins=(0.0, 0.0))
+
+
+def test_pairs_of_some_places_have_the_expectation_of_all_pairs() -> None:
+    """Over every choice of 3 of 6 places, the mean is the loss of all of them: the estimate is unbiased."""
+    z, f = normal(2, 5, 2, 3), normal(2, 5, 2, 3, seed=1)
+    margins = (0.5, 0.1)
+    whole = alignment_loss(z, f, margins=margins).item()
+    chosen = [alignment_loss(z, f, margins=margins, places=torch.tensor(places)).item() for places in itertools.combinations(range(6), 3)]
+    assert np.std(chosen) > 1e-3
+    assert np.mean(chosen) == pytest.approx(whole, rel=1e-12)
+    assert alignment_loss(z, f, margins=margins, places=torch.arange(6)).item() == pytest.approx(whole, rel=1e-12)
+
+
+def test_up_to_32_by_32_places_all_pairs_are_looked_at_and_above_as_many_by_key() -> None:
+    assert pair_places(32 * 32, 0, "alignment", 7) is None
+    places = pair_places(48 * 64, 0, "alignment", 7)
+    assert places is not None
+    assert len(set(places.tolist())) == 32 * 32
+    assert 0 <= places.min() < places.max() < 48 * 64
+    assert torch.equal(places, pair_places(48 * 64, 0, "alignment", 7))
+    assert not torch.equal(places, pair_places(48 * 64, 0, "alignment", 8))
+
+
+def test_a_weight_relaxes_in_a_line() -> None:
+    np.testing.assert_allclose([value_at(step, steps=5, strict=0.5, relaxed=0.1) for step in range(5)], np.linspace(0.5, 0.1, 5))
 
 
 def test_margins_go_from_strict_to_relaxed_in_a_line() -> None:

@@ -75,6 +75,15 @@ WRONG_RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "a folder that is not there": (recipe_with("data.sources", ["file:///no/such/folder"]), ("data.sources", "/no/such/folder")),
     "an encoder that is not there": (recipe_with("encoder.path", "/no/such/encoder"), ("encoder.path", "/no/such/encoder")),
     "a VAE that is not there": (recipe_with("vae.path", "/no/such/vae"), ("vae.path", "/no/such/vae")),
+    "a file of LPIPS that is not there": (
+        recipe_with("vae", RECIPE["vae"] | {"lpips_weight": 1.0, "lpips_path": "/no/such/lpips"}),
+        ("vae.lpips_path", "/no/such/lpips", "a safetensors file"),
+    ),
+    "a teacher that is not there": (
+        recipe_with("vae", RECIPE["vae"] | {"teacher_path": "/no/such/teacher", "teacher_layer": 1}),
+        ("vae.teacher_path", "/no/such/teacher"),
+    ),
+    "a weight of LPIPS without its file": (recipe_with("vae.lpips_weight", 1.0), ("lpips_weight 1.0", "lpips_path")),
     "an unknown language": (recipe_with("text_images.languages", ["xx"]), ("text_images.languages", "xx")),
     "a list": ([1, 2], ("found list", "a mapping")),
     "nothing": (None, ("a mapping",)),

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from transformers import Dinov2Config, Dinov2Model
 
 from model_core.context import StepContext
 from model_core.data.folders import LocalFolder
@@ -25,6 +27,7 @@ from model_core.documents import UserError
 from model_core.evaluation.reconstruction import psnr
 from model_core.models.teacher import OrientedEdges
 from model_core.models.vae import ResidualVAE, load_vae
+from model_core.models.vae_diffusers import write_diffusers
 from model_core.progress import Progress
 from model_core.recipe import Recipe, Scenes, parse_recipe
 from model_core.site import Site
@@ -203,7 +206,7 @@ def test_over_many_steps_ranks_weighed_by_their_pictures_train_as_one(ranks: int
             total = 0.0
             for share in (Ranks(rank, size).share(config.batch_size) for rank in range(size)):
                 images = batch(pictures, share, step=step, config=config, seed=0).double()
-                part = losses(model, teacher, images, config=config, step=step)[0] * len(share) / config.batch_size
+                part = losses(model, teacher, images, config=config, step=step, seed=0)[0] * len(share) / config.batch_size
                 part.backward()
                 total += part.item()
             adamw.step()
@@ -221,8 +224,124 @@ def test_the_loss_is_the_weighted_sum_of_its_parts() -> None:
     torch.manual_seed(0)
     teacher = OrientedEdges()
     model = AlignedVAE(ResidualVAE(config.model), teacher_dim=teacher.dim)
-    loss, parts = losses(model, teacher, torch.rand(2, 3, 32, 32), config=config, step=0)
+    loss, parts = losses(model, teacher, torch.rand(2, 3, 32, 32), config=config, step=0, seed=0)
     assert loss.item() == pytest.approx(sum(w * part.item() for w, part in zip((2.0, 3.0, 5.0, 7.0), parts, strict=True)), rel=1e-5)
+
+
+def test_the_weight_of_alignment_relaxes_to_the_last_step() -> None:
+    config = recipe(l1_weight=0.0, align_weight=0.5, align_weight_relaxed=0.1, align_margins_relaxed=[0.0, 0.0], steps=5).vae
+    torch.manual_seed(0)
+    teacher, images = OrientedEdges(), torch.rand(2, 3, 32, 32)
+    model = AlignedVAE(ResidualVAE(config.model), teacher_dim=teacher.dim)
+    weights = []
+    for step in range(config.steps):
+        loss, parts = losses(model, teacher, images, config=config, step=step, seed=0)
+        weights.append((loss / parts[3]).item())
+    assert weights == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1], rel=1e-5)
+
+
+def test_above_32_by_32_places_pairs_are_drawn_by_seed_and_step() -> None:
+    config = recipe(
+        l1_weight=0.0,
+        align_margins_relaxed=[0.0, 0.0],
+        model=VAE["model"] | {"stem_fold": 16, "encoder_widths": [4], "decoder_widths": [4]},
+    ).vae
+    torch.manual_seed(0)
+    teacher, images = OrientedEdges(), torch.rand(1, 3, 32 * 16, 33 * 16) * 2 - 1
+    model = AlignedVAE(ResidualVAE(config.model), teacher_dim=teacher.dim)
+    with torch.no_grad():
+        drawn = [
+            losses(model, teacher, images, config=config, step=step, seed=seed)[0].item() for step, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
+        ]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+    assert drawn == pytest.approx([drawn[0]] * 4, rel=0.05)
+
+
+def test_pictures_and_their_alpha_train_a_model_of_rgba(context_of: Callable[..., StepContext]) -> None:
+    context = context_of("run", scene_rows(4, held_out=1), model=VAE["model"] | {"pixel_channels": 4}, steps=2)
+    stats = run(context)
+    vae = load_vae(context.output / "vae")
+    assert vae.config.pixel_channels == 4
+    assert stats["psnr"] > 5.0
+    config = recipe(l1_weight=1.0, align_weight=0.0, model=VAE["model"] | {"pixel_channels": 4}).vae
+    images = torch.rand(2, 3, 32, 32)
+    pixels = torch.cat((images, torch.ones(2, 1, 32, 32)), dim=1)
+    model = AlignedVAE(vae, teacher_dim=OrientedEdges.dim)
+    loss, _ = losses(model, OrientedEdges(), images, config=config, step=0, seed=0)
+    assert loss.item() == pytest.approx((vae(pixels) - pixels).abs().mean().item(), rel=1e-6)
+
+
+def test_lpips_and_dinov2_from_their_paths_teach(context_of: Callable[..., StepContext], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(tmp_path / "dinov2")
+    save_file(narrow_lpips(), tmp_path / "lpips.safetensors")
+    changes = {
+        "lpips_weight": 0.5,
+        "lpips_path": str(tmp_path / "lpips.safetensors"),
+        "teacher_path": str(tmp_path / "dinov2"),
+        "teacher_layer": 1,
+        "steps": 2,
+        "mse_weight": 0.0,
+        "edge_weight": 0.0,
+    }
+    context = context_of("run", scene_rows(4, held_out=1), **changes)
+    run(context)
+    point = json.loads((context.output / "curves.json").read_text())[-1]
+    assert set(point) == {"step", "loss", "l1", "mse", "edge", "align", "lpips", "grad_norm"}
+    assert point["loss"] == pytest.approx(point["l1"] + 0.1 * point["align"] + 0.5 * point["lpips"], rel=1e-5)
+    assert point["lpips"] > 0
+
+
+def narrow_lpips() -> dict[str, torch.Tensor]:
+    weights, width = {}, 3
+    for number, block in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))):
+        for index in block:
+            weights[f"features.{index}.weight"] = torch.randn(2, width, 3, 3)
+            weights[f"features.{index}.bias"], width = torch.rand(2), 2
+        weights[f"lin{number}.weight"] = torch.rand(1, 2, 1, 1)
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"lpips_weight": 1.0, "lpips_path": "/no/such/lpips"}, "lpips_path: /no/such/lpips cannot be read"),
+        ({"teacher_path": "/no/such/teacher", "teacher_layer": 1}, "teacher_path: /no/such/teacher holds no config.json"),
+        ({"path": "/no/such/vae"}, "vae.path: /no/such/vae holds no config.json"),
+    ],
+)
+def test_a_network_that_is_not_there_is_refused_before_any_picture_is_read(
+    context_of: Callable[..., StepContext], fields: dict[str, Any], words: str
+) -> None:
+    context = context_of("run", scene_rows(2, held_out=0), **fields)
+    context.inputs.clear()  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=words):
+        run(context)
+
+
+def test_training_goes_on_from_a_folder_of_diffusers(context_of: Callable[..., StepContext], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = {
+        "encoder_widths": [4] * 5,
+        "decoder_widths": [4] * 5,
+        "encoder_blocks": 1,
+        "decoder_blocks": 2,
+        "shortcut": "local",
+        "mixers": False,
+        "norm_eps": 1e-24,
+        "post_quant_conv": True,
+        "pixel_channels": 4,
+    }
+    vae = ResidualVAE(recipe(model=model).vae.model)
+    write_diffusers(vae, tmp_path / "theirs")
+    context = context_of("run", scene_rows(3, held_out=1), path=str(tmp_path / "theirs"), steps=1, lr=1e-12, warmup_steps=0)
+    run(context)
+    after = load_vae(context.output / "vae")
+    assert after.config == vae.config
+    for mine, theirs in zip(vae.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
 
 
 def test_standardised_latents_of_the_sample_have_mean_zero_and_deviation_one() -> None:

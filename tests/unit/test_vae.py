@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from model_core.models.layers import ChannelRMSNorm, cosine_basis, fold, group_mean, repeat_channels, unfold
+from model_core.models.layers import ChannelRMSNorm, cosine_basis, fold, group_mean, repeat_channels, shortcut_down, shortcut_up, unfold
 from model_core.models.vae import ResidualVAE, load_vae, save_vae
 from model_core.recipe import VAEModel
 
@@ -111,7 +111,7 @@ def test_a_trunk_trains_although_the_shortcut_rules_at_first() -> None:
 
 
 def test_channel_norm_matches_its_formula() -> None:
-    norm, x = ChannelRMSNorm(6), pictures(2, 6, 3, 4)
+    norm, x = ChannelRMSNorm(6, eps=1e-6), pictures(2, 6, 3, 4)
     with torch.no_grad():
         norm.gamma.copy_(torch.arange(6.0))
     expected = torch.nn.functional.normalize(x, dim=1) * 6**0.5 * torch.arange(6.0)[:, None, None]
@@ -176,3 +176,19 @@ def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         save_vae(tiny(), tmp_path / name)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_two_frames_average_to_nothing_in_even_channels_and_to_the_mean_of_each_patch_in_odd_ones() -> None:
+    x = pictures(1, 3, 4, 6)
+    down = shortcut_down(x, 6, factor=2, temporal=True)
+    assert not down[:, ::2].any()
+    torch.testing.assert_close(down[:, 1::2], torch.nn.functional.avg_pool2d(x, 2))
+    up = shortcut_up(x.repeat_interleave(2, dim=1), 3, temporal=True)
+    torch.testing.assert_close(up, torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def test_without_attention_and_mixers_the_parameters_are_those_of_r2s_suite() -> None:
+    with torch.device("meta"):
+        vae = ResidualVAE(VAEModel(mid_attention=False, mixers=False))
+    assert parameters_in_millions(vae.encoder) == pytest.approx(76, rel=0.015)
+    assert parameters_in_millions(vae.decoder) == pytest.approx(248, rel=0.01)
