@@ -164,7 +164,7 @@ class VAEModel(Section):
 class VAE(Section):
     """train_vae: model, losses and optimisation. No GAN, no KL (R1, R2)."""
 
-    path: str | None = None  # folder of an earlier VAE (config.json, model.safetensors) to start from
+    path: str | None = None  # folder of an earlier VAE, this project's or diffusers', to start from; `model` is not read then
     model: VAEModel = VAEModel()
     crop_px: Count = 64  # side of the training crop
     steps: Count = 1200
@@ -292,7 +292,9 @@ class Guard(Section):
 class MMDiT(Section):
     """train_mmdit: model, objective and the stages."""
 
-    path: str | None = None  # folder of earlier weights to start the first stage from
+    path: str | None = (
+        None  # folder of earlier weights, this project's or diffusers', to start the first stage from; `model` must be theirs
+    )
     model: MMDiTModel = MMDiTModel()
     logit_normal: tuple[float, PositiveFloat] = (0.0, 1.0)  # mean and std of logit(t); Qwen-Image 1.0
     shift_mu: tuple[float, float] | None = None  # t moved towards noise: exponential shift at 256 and 8192 tokens; None: no shift
