@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True, highlight=False)
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="smoke, demo, qwen_image_2, or the path of a recipe's YAML.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="smoke, demo, finetune, qwen_image_2, or the path of a recipe's YAML.")]
 SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="local, or the path of a site's YAML.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Sets one field of the recipe; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON, for a script.")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +17,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLProcessor
 from typer.testing import CliRunner
 
+from model_core.data.pixels import tensor_image
 from model_core.documents import UserError
 from model_core.evaluation.drawing import Painter
+from model_core.models.condition import open_qwen3_vl
 from model_core.models.mmdit import save_mmdit
 from model_core.models.mmdit_diffusers import read_diffusers
 from model_core.recipe import parse_recipe
@@ -25,9 +29,11 @@ from model_core.site import Site
 from model_core.steps.train_mmdit import _initial_model
 from pipelines import cli
 from pipelines.run import check_inputs
-from tests.published_models import MMDIT, painter, publish
+from tests.published_models import KEY, MMDIT, SYSTEM, painter, publish
 from tests.tiny_encoders import PROMPTS, picture
 
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "reference" / "export.md").read_text()
+COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^darkroom export .*", DOCUMENT, re.MULTILINE)]
 SIZE, SEEDS = (64, 96), [3, 4]
 SIDES = tuple(side // 16 for side in SIZE)
 TEXTS = PROMPTS[:2]
@@ -138,14 +144,8 @@ def test_diffusers_pipeline_draws_from_the_folder_what_the_sampler_draws(exporte
 
 def test_diffusers_pipeline_edits_from_the_folder(exported):
     opened = open_pipeline(exported)
-    edited = opened(TEXTS[0], image=pipeline_picture(), output_resolution=64, num_inference_steps=2).images[0]
+    edited = opened(TEXTS[0], image=tensor_image(picture(0, 64, 64)), output_resolution=64, num_inference_steps=2).images[0]
     assert edited.size == (64, 64)
-
-
-def pipeline_picture() -> Any:
-    from model_core.data.pixels import tensor_image
-
-    return tensor_image(picture(0, 64, 64))
 
 
 def test_weights_come_back_bitwise(exported, model):
@@ -154,6 +154,19 @@ def test_weights_come_back_bitwise(exported, model):
     assert back.state_dict().keys() == model.mmdit.state_dict().keys()
     for name, value in model.mmdit.state_dict().items():
         assert torch.equal(back.state_dict()[name], value), name
+
+
+def test_the_encoder_opens_from_the_folder_and_gives_the_same_states(exported, model):
+    opened = open_qwen3_vl(exported / "text_encoder", system_prompt=SYSTEM, max_tokens=64, sees_images=True)
+    images = [[picture(0, 32, 64)], []]
+    assert torch.equal(opened.encode_packed(TEXTS, images).states, model.encoder.encode_packed(TEXTS, images).states)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_documented_commands_write_what_they_say(words, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    invoke(*(str(exported.parent / "workspace" / "register_model" / KEY) if word == "RUN" else word for word in words[1:]))
+    assert (tmp_path / "my-model" / "model_index.json").is_file()
 
 
 def recipe_from(path: Path, **changes: Any) -> Any:
