@@ -24,7 +24,7 @@ def load_earlier(path: str, settings: MMDiTModel, *, latent_channels: int, text_
             raise UserError(f"mmdit.path: found {name} of {found} channels; the weights at {path} allow {allowed}")
     folder = Path(path).expanduser()
     try:
-        return (mmdit_diffusers.read_diffusers(folder) if mmdit_diffusers.is_diffusers(folder) else mmdit.load_mmdit(folder)).float()
+        return mmdit_diffusers.read_diffusers(folder) if mmdit_diffusers.is_diffusers(folder) else mmdit.load_mmdit(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"mmdit.path: {path} cannot be loaded ({str(error).splitlines()[0]}); allowed are whole weights") from error
 

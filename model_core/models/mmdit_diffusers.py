@@ -80,7 +80,7 @@ def to_diffusers(model: MMDiT) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def from_diffusers(config: dict[str, Any], state: dict[str, Tensor]) -> MMDiT:
-    """The same model here, its weights in the type that they are given in.
+    """The same model here, in single precision or better: a scale minus one in bfloat16 has more places than the scale.
 
     Raises UserError for a configuration that this project has no transformer for, and for weights that do not fit it.
     """
@@ -88,6 +88,7 @@ def from_diffusers(config: dict[str, Any], state: dict[str, Tensor]) -> MMDiT:
     with torch.device("meta"):
         model = MMDiT(settings, latent_channels=channels, text_dim=text_dim)
     check_weights(state, to_diffusers(model)[1], what="transformer", name=CLASS_NAME)
+    state = {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in state.items()}
     weights = {ours: state[theirs] for ours, theirs in NAMES.items()} | {"text_in.norm.weight": state[NORM] + 1}
     for layer in range(settings.num_layers):
         for ours, parts in BLOCK_NAMES.items():
