@@ -191,10 +191,9 @@ class Block(nn.Module):
     def merge(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
         """The stream after what attention found (S, H, d), and the feed-forward."""
         _, gate1, scale2, gate2 = modulation
-        x = x + gate1 * self.attention_out(attended.flatten(1))
+        x = torch.addcmul(x, gate1, self.attention_out(attended.flatten(1)))
         gate, value = self.mlp_in(layer_norm(x) * scale2).chunk(2, dim=-1)
-        merged: Tensor = x + gate2 * self.mlp_out(F.silu(gate) * value)
-        return merged
+        return torch.addcmul(x, gate2, self.mlp_out(F.silu(gate) * value))
 
 
 class TextProjection(nn.Module):
