@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from model_core.documents import UserError, canonical_digest, describe, override, read_document
 
@@ -164,10 +164,10 @@ class VAEModel(Section):
 class VAE(Section):
     """train_vae: model, losses and optimisation. No GAN, no KL (R1, R2)."""
 
-    path: str | None = None  # folder of an earlier VAE (config.json, model.safetensors) to start from
+    path: str | None = None  # folder of an earlier VAE, this project's or diffusers', to start from; `model` is not read then
     model: VAEModel = VAEModel()
     crop_px: Count = 64  # side of the training crop
-    steps: Count = 1200
+    steps: NonNegative = 1200  # 0: the VAE at `path` as it is, with the latents' statistics that came with it
     batch_size: Count = 8
     lr: PositiveFloat = 2e-3  # ours
     warmup_steps: NonNegative = 50
@@ -187,6 +187,13 @@ class VAE(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
     log_every_steps: Count = 20
     checkpoint_every_steps: Count = 100
+
+    @field_validator("steps")
+    @classmethod
+    def _untrained_needs_a_path(cls, value: int, info: ValidationInfo) -> int:
+        if value == 0 and info.data.get("path") is None:
+            raise ValueError("found 0; allowed without a vae.path is 1 or more")
+        return value
 
     @field_validator("crop_px")
     @classmethod
@@ -292,7 +299,9 @@ class Guard(Section):
 class MMDiT(Section):
     """train_mmdit: model, objective and the stages."""
 
-    path: str | None = None  # folder of earlier weights to start the first stage from
+    path: str | None = (
+        None  # folder of earlier weights, this project's or diffusers', to start the first stage from; `model` must be theirs
+    )
     model: MMDiTModel = MMDiTModel()
     logit_normal: tuple[float, PositiveFloat] = (0.0, 1.0)  # mean and std of logit(t); Qwen-Image 1.0
     shift_mu: tuple[float, float] | None = None  # t moved towards noise: exponential shift at 256 and 8192 tokens; None: no shift

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 out = Console(soft_wrap=True, highlight=False)
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="smoke, demo, qwen_image_2, or the path of a recipe's YAML.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="smoke, demo, finetune, qwen_image_2, or the path of a recipe's YAML.")]
 SiteName = Annotated[str, typer.Option("--site", metavar="SITE", help="local, or the path of a site's YAML.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Sets one field of the recipe; may be repeated.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Prints JSON, for a script.")]
@@ -137,6 +137,27 @@ def sample(
 
     written = draw(where, model, prompts, images=images or [], seed=seed, steps=steps, size=size, output=output)
     _show([str(path) for path in written] if as_json else "\n".join(f"wrote {path}" for path in written))
+
+
+@app.command(epilog="Example: darkroom export demo-20261121-093000 my-model --parts transformer,scheduler")
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's name, or path or uri of a manifest.json or its folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write; must be empty or not there yet.")],
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            "--parts", metavar="A,B", help="Of transformer, vae, text_encoder, processor, scheduler; all that can be told when not given."
+        ),
+    ] = None,
+    site: SiteName = DEFAULT_SITE,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a trained model as diffusers lays it out, for QwenImage21Pipeline; parts that it has no module for are left out."""
+    where = find_site(site)
+    from pipelines.export import export as write
+
+    written = write(where, model, folder, parts=parts)
+    _show(asdict(written) if as_json else str(written))
 
 
 @app.command(epilog="Example: darkroom report demo-20261121-093000")

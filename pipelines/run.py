@@ -80,6 +80,7 @@ def check_inputs(recipe: Recipe, site: Site) -> None:
     from model_core.data.filters import check_filters
     from model_core.data.sources import check_sources
     from model_core.data.typefaces import check_typefaces
+    from model_core.models.earlier_mmdit import check_earlier
 
     folders = {
         "encoder.path": recipe.encoder.path,
@@ -90,6 +91,8 @@ def check_inputs(recipe: Recipe, site: Site) -> None:
     for field, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
             raise UserError(f"recipe {recipe.name}: {field}: found {path!r}; allowed is a folder with weights")
+    if recipe.mmdit.path is not None:
+        check_earlier(recipe.mmdit.path, recipe.mmdit.model)
     lpips = recipe.vae.lpips_path
     if lpips is not None and not Path(lpips).expanduser().is_file():
         raise UserError(f"recipe {recipe.name}: vae.lpips_path: found {lpips!r}; allowed is a safetensors file")

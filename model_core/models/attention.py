@@ -40,11 +40,13 @@ class AttentionCall:
 class AttentionPlan:
     """The calls, and for each query where its result lies among those of the calls, one after another: `results` (S,).
 
-    `offsets` (B + 1,) int32 and `longest`: ends of samples of full attention, for the variable-length kernel; else None.
+    `in_order`: there is one call, of all tokens as they stand, so that nothing need be gathered. `offsets` (B + 1,) int32 and
+    `longest`: ends of samples of full attention, for the variable-length kernel; else None.
     """
 
     calls: tuple[AttentionCall, ...]
     results: Tensor
+    in_order: bool = False
     offsets: Tensor | None = None
     longest: int = 0
 
@@ -54,7 +56,8 @@ class AttentionPlan:
             AttentionCall(call.queries.to(device), call.keys.to(device), None if call.mask is None else call.mask.to(device))
             for call in self.calls
         )
-        return AttentionPlan(calls, self.results.to(device), None if self.offsets is None else self.offsets.to(device), self.longest)
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        return AttentionPlan(calls, self.results.to(device), self.in_order, offsets, self.longest)
 
 
 def plan_attention(looks: Sequence[Look], *, lengths: Sequence[int] | None = None) -> AttentionPlan:
@@ -81,7 +84,10 @@ def plan_attention(looks: Sequence[Look], *, lengths: Sequence[int] | None = Non
             results[look.queries] = done + row * longest + np.arange(len(look.queries))
         done += len(group) * longest
     offsets = None if lengths is None else torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
-    return AttentionPlan(tuple(map(_call, groups)), torch.from_numpy(results), offsets, max(lengths or [0]))
+    calls = tuple(map(_call, groups))
+    everything = torch.arange(len(results))
+    in_order = len(calls) == 1 and all(torch.equal(places.flatten(), everything) for places in (calls[0].queries, calls[0].keys))
+    return AttentionPlan(calls, torch.from_numpy(results), in_order, offsets, max(lengths or [0]))
 
 
 def _call(group: Sequence[Look]) -> AttentionCall:
@@ -108,15 +114,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     results = []
     for call in plan.calls:
         attended = F.scaled_dot_product_attention(
-            _rows(query, call.queries), _rows(key, call.keys), _rows(value, call.keys), attn_mask=call.mask
+            _rows(query, call.queries, plan.in_order),
+            _rows(key, call.keys, plan.in_order),
+            _rows(value, call.keys, plan.in_order),
+            attn_mask=call.mask,
         )
         results.append(attended.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results).index_select(0, plan.results)
+    return results[0] if plan.in_order else torch.cat(results).index_select(0, plan.results)
 
 
-def _rows(tokens: Tensor, places: Tensor) -> Tensor:
+def _rows(tokens: Tensor, places: Tensor, in_order: bool) -> Tensor:
     """(S, H, d) tokens at places (b, q): (b, H, q, d)."""
-    return tokens.index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+    chosen = tokens if in_order else tokens.index_select(0, places.flatten())
+    return chosen.unflatten(0, places.shape).transpose(1, 2)
 
 
 def _variable_length(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int) -> Tensor:

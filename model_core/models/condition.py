@@ -36,7 +36,7 @@ from model_core.recipe import CompressionRatio
 
 transformers_logging.disable_progress_bar()  # its bars would break a step's lines
 
-SETTINGS = "condition.json"
+SETTINGS, TOKENIZER = "condition.json", "tokenizer_config.json"
 BATCH_TOKENS = 16_384  # most tokens of one pass of the model, padding included
 PADDING_TOKENS = 1_024  # most of them that are padding: computing so few costs less than a pass of its own
 
@@ -235,19 +235,22 @@ def open_qwen3_vl(
     sees_images: bool = False,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
 ) -> ConditionEncoder:
-    """An encoder from a folder of Qwen3-VL weights, in `dtype` ("auto": as they are stored).
+    """An encoder from a folder of Qwen3-VL weights, in `dtype` ("auto": as they are stored); its tokenizer may lie in `processor/` beside.
 
     Raises UserError when the folder holds none, or holds a vision tower that reads other patches than `vision_patches` gives.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"encoder.path: {folder} holds no config.json; allowed is a folder of Qwen3-VL weights")
+    # diffusers' layout keeps the tokenizer, and how pictures are read, in a folder beside the weights.
+    beside = folder.parent / "processor"
+    reader = beside if not (folder / TOKENIZER).is_file() and (beside / TOKENIZER).is_file() else folder
     try:
         model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(reader, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"encoder.path: {folder} cannot be loaded as Qwen3-VL ({str(error).splitlines()[0]})") from error
     if sees_images:
-        _check_vision(folder, model)
+        _check_vision(reader, model)
     return ConditionEncoder(model, tokenizer, system_prompt=system_prompt, max_tokens=max_tokens, sees_images=sees_images)
 
 

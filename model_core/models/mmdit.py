@@ -24,6 +24,7 @@ from model_core.models.stream import Stream
 from model_core.recipe import MMDiTModel
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values (S, H, d)
+Modulation = tuple[Tensor, Tensor, Tensor, Tensor]  # factors (S or 1, D) of norm and branch of attention, then of the MLP
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]
 
 TIME_CHANNELS = 256
@@ -90,15 +91,15 @@ class MMDiT(nn.Module):
         if self.config.condition_at_t0:
             time = torch.cat((time, self._time(torch.zeros_like(t[:1]))))
             rows = torch.where(stream.is_target, rows, len(t))
-        modulation = self._modulation(time)[rows]
+        modulation = self._modulation(time, rows)
         x, rotary = self._embed(pictures, text, stream)
+        targets = stream.is_target.nonzero().squeeze(1)
         for index, block in enumerate(self.blocks):
-            if prefix is None:
-                x = block(x, modulation, rotary, stream.plan, attend)
-            else:
-                x = block(x, modulation, rotary, stream.plan, _after(prefix[index], attend))
-        x = x[stream.is_target]
-        velocity: Tensor = self.image_out(layer_norm(x) * (1 + final_scale[stream.sample[stream.is_target]]))
+            # What the last block makes of text and condition images nobody asks for.
+            asked = targets if index == len(self.blocks) - 1 else None
+            look = attend if prefix is None else _after(prefix[index], attend)
+            x = block(x, modulation, rotary, stream.plan, look, asked)
+        velocity: Tensor = self.image_out(layer_norm(x) * (1 + final_scale[stream.sample[targets]]))
         return velocity
 
     def read_prefix(self, conditions: Tensor, text: Tensor, stream: Stream) -> list[KeyValue]:
@@ -115,7 +116,7 @@ class MMDiT(nn.Module):
             return attend(query, key, value, plan)
 
         x, rotary = self._embed(conditions, text, stream)
-        modulation = self._modulation(self._time(text.new_zeros(1)))
+        modulation = self._modulation(self._time(text.new_zeros(1)), stream.sample.new_zeros(1))
         for block in self.blocks:
             x = block(x, modulation, rotary, stream.plan, keep)
         return kept
@@ -133,10 +134,15 @@ class MMDiT(nn.Module):
             x = x.index_add(0, is_picture.nonzero().squeeze(1), places)
         return x, rotary
 
-    def _modulation(self, time: Tensor) -> Tensor:
-        """What multiplies normed streams, 1 + scale, and branches, tanh(gate), of attention and then of the MLP: (B, 4 D)."""
+    def _modulation(self, time: Tensor, rows: Tensor) -> Modulation:
+        """What multiplies normed streams, 1 + scale, and branches, tanh(gate), of times (B, D) for tokens of `rows` (S,).
+
+        Four tensors and not slices of one, whose gradients would be as wide as the whole, once a use.
+        """
         scale1, gate1, scale2, gate2 = self.modulation(time).chunk(4, dim=-1)
-        return torch.cat((1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()), dim=-1)
+        factors = (1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh())
+        attention_scale, attention_gate, mlp_scale, mlp_gate = (factor.index_select(0, rows) for factor in factors)
+        return attention_scale, attention_gate, mlp_scale, mlp_gate
 
     def _time(self, t: Tensor) -> Tensor:
         """SiLU of the time embedding (B, D), which all modulation is linear in."""
@@ -172,25 +178,36 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor], plan: AttentionPlan, attend: Attend) -> Tensor:
-        """x (S, D); modulation (S or 1, 4 D): factors of norm and branch of attention, then of the MLP."""
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        rotary: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        attend: Attend,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """The stream (S, D) after attention and the MLP; of tokens at `rows` (N,) alone where these are given."""
         attended = attend(*self.project(x, modulation, rotary), plan)
+        if rows is not None:
+            x, attended = x.index_select(0, rows), attended.index_select(0, rows)
+            scale1, gate1, scale2, gate2 = (factor if len(factor) == 1 else factor.index_select(0, rows) for factor in modulation)
+            modulation = (scale1, gate1, scale2, gate2)
         return self.merge(x, attended, modulation)
 
-    def project(self, x: Tensor, modulation: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, modulation: Modulation, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each (S, H, d)."""
-        scale, *_ = modulation.chunk(4, dim=-1)
+        scale, *_ = modulation
         query, key, value = self.qkv(layer_norm(x) * scale).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
         # Where passes are in bfloat16, the norms' fp32 weights make their results fp32, which no fast attention takes.
         return rotate(self.query_norm(query), *rotary).type_as(value), rotate(self.key_norm(key), *rotary).type_as(value), value
 
-    def merge(self, x: Tensor, attended: Tensor, modulation: Tensor) -> Tensor:
+    def merge(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
         """The stream after what attention found (S, H, d), and the feed-forward."""
-        _, gate1, scale2, gate2 = modulation.chunk(4, dim=-1)
-        x = x + gate1 * self.attention_out(attended.flatten(1))
+        _, gate1, scale2, gate2 = modulation
+        x = torch.addcmul(x, gate1, self.attention_out(attended.flatten(1)))
         gate, value = self.mlp_in(layer_norm(x) * scale2).chunk(2, dim=-1)
-        merged: Tensor = x + gate2 * self.mlp_out(F.silu(gate) * value)
-        return merged
+        return torch.addcmul(x, gate2, self.mlp_out(F.silu(gate) * value))
 
 
 class TextProjection(nn.Module):
@@ -232,7 +249,13 @@ def save_mmdit(model: MMDiT, folder: Path) -> None:
 
 def load_mmdit(folder: Path) -> MMDiT:
     """The model that `save_mmdit` wrote."""
-    config = json.loads((folder / "config.json").read_text())
-    model = MMDiT(MMDiTModel.model_validate(config["model"]), latent_channels=config["latent_channels"], text_dim=config["text_dim"])
+    settings, latent_channels, text_dim = read_settings(folder)
+    model = MMDiT(settings, latent_channels=latent_channels, text_dim=text_dim)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model
+
+
+def read_settings(folder: Path) -> tuple[MMDiTModel, int, int]:
+    """Settings, latent channels and text channels of the model that `save_mmdit` wrote."""
+    config = json.loads((folder / "config.json").read_text())
+    return MMDiTModel.model_validate(config["model"]), config["latent_channels"], config["text_dim"]

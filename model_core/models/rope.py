@@ -59,6 +59,8 @@ def rotary_table(positions: Tensor, *, axes: Sequence[int], theta: float) -> tup
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns adjacent channel pairs of x (N, heads, head dim) by the table's angles (N, head dim / 2), in fp32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
+    pairs, cos, sin = x.float().unflatten(-1, (-1, 2)), cos[:, None], sin[:, None]
+    if not x.is_cuda and not torch.compiler.is_compiling():  # one pass over memory; torch.compile fuses the real form alone
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin)).flatten(-2).type_as(x)
+    even, odd = pairs.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)

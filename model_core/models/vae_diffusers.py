@@ -7,23 +7,19 @@ is deterministic. Their 1x1 convolution after the encoder is folded into the con
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model_core.documents import UserError
+from model_core.models.diffusers_folder import check_weights, class_name, read_folder, write_folder
 from model_core.models.vae import ResidualVAE
 from model_core.recipe import CompressionRatio, VAEModel
 
 CLASS_NAME = "AutoencoderKLQwenImage21"
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-INDEX = WEIGHTS + ".index.json"
 NORM_EPS = 1e-24  # they divide by the norm itself, which is kept above 1e-12
 LEAST_LOG_VARIANCE = -30.0  # diffusers clamps there
 STATISTICS = ("latent_mean", "latent_std")  # in their configuration, not in the state dict
@@ -82,15 +78,11 @@ def from_diffusers(config: dict[str, Any], state: dict[str, Tensor]) -> Residual
     with torch.device("meta"):  # weights that come from elsewhere need no drawing
         vae = ResidualVAE(_our_config(config))
         expected = _their_state(vae)
-    for name in sorted(expected.keys() | state.keys()):
-        if ".time_conv." in name:
-            continue
-        if name not in state or name not in expected:
-            verb = "hold an unknown" if name in state else "lack"
-            raise UserError(f"VAE: the weights of {CLASS_NAME} {verb} {name}; allowed are those of its config")
-        if state[name].shape != expected[name].shape:
-            found, allowed = tuple(state[name].shape), tuple(expected[name].shape)
-            raise UserError(f"VAE: {name} has shape {found}; its config allows {allowed}")
+    check_weights(
+        *({name: value for name, value in each.items() if ".time_conv." not in name} for each in (state, expected)),
+        what="VAE",
+        name=CLASS_NAME,
+    )
     theirs = {name: value.to(torch.float32, copy=True) for name, value in state.items()}
     fold, latent = vae.config.stem_fold, vae.config.latent_channels
     theirs |= _fold_quant_conv(theirs, latent)
@@ -106,36 +98,17 @@ def from_diffusers(config: dict[str, Any], state: dict[str, Tensor]) -> Residual
 
 def write_diffusers(vae: ResidualVAE, folder: Path) -> None:
     """Writes the folder that diffusers' `from_pretrained` reads; raises UserError for a model that they cannot represent."""
-    config, state = to_diffusers(vae)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    write_folder(folder, *to_diffusers(vae))
 
 
 def is_diffusers(folder: Path) -> bool:
     """Whether a folder's `config.json` is of their autoencoder; raises UserError for one that is not JSON."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except ValueError as error:
-        raise UserError(f"VAE {folder}: {CONFIG} is not JSON ({error})") from error
-    return isinstance(config, dict) and config.get("_class_name") == CLASS_NAME
+    return class_name(folder, what="VAE") == CLASS_NAME
 
 
 def read_diffusers(folder: Path) -> ResidualVAE:
     """The autoencoder in a folder of theirs, its weights whole or in shards; raises UserError when it is none."""
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-        files = [WEIGHTS]
-        if (folder / INDEX).is_file():
-            files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        state = {name: value for file in files for name, value in load_file(folder / file).items()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"VAE {folder}: cannot be read ({str(error).splitlines()[0]}); allowed is a folder with {CONFIG} and {WEIGHTS}"
-        ) from error
-    if config.get("_class_name") != CLASS_NAME:
-        raise UserError(f"VAE {folder}: found _class_name {config.get('_class_name')!r}; allowed is {CLASS_NAME}")
-    return from_diffusers(config, state)
+    return from_diffusers(*read_folder(folder, CLASS_NAME, what="VAE"))
 
 
 def _their_state(vae: ResidualVAE) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from model_core.data.row_groups import RowGroups
 from model_core.data.states import read_empty
 from model_core.documents import UserError
 from model_core.models.condition import ConditionEncoder, load_encoder, sees_images
+from model_core.models.earlier_mmdit import load_earlier
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.training.activation_statistics import activation_statistics
 from model_core.training.checkpoint import CheckpointStore, Stateful
@@ -233,7 +233,7 @@ def _initial_model(context: StepContext, *, latent_channels: int, text_dim: int)
     if "previous" in context.inputs:
         return load_mmdit(context.inputs["previous"].folder("mmdit"))
     if context.recipe.mmdit.path is not None:
-        return load_mmdit(Path(context.recipe.mmdit.path))
+        return load_earlier(context.recipe.mmdit.path, context.recipe.mmdit.model, latent_channels=latent_channels, text_dim=text_dim)
     torch.manual_seed(context.recipe.seed)  # modules draw their initial weights from the global generator
     return MMDiT(context.recipe.mmdit.model, latent_channels=latent_channels, text_dim=text_dim)
 

@@ -229,10 +229,11 @@ def _initial_vae(config: VAE) -> ResidualVAE:
 def _publish(
     context: StepContext, *, ema: ResidualVAE, pictures: list[bytes], held_out: list[RawRow], curves: Curves, lpips: LPIPS | None
 ) -> dict[str, Any]:
-    """Sets the latents' statistics and writes weights, curves and the sheet; returns the scores."""
+    """Sets the latents' statistics, if anything was trained, and writes weights, curves and the sheet; returns the scores."""
     config, seed = context.recipe.vae, context.recipe.seed
-    order = keyed_generator(seed, "vae", "statistics").permutation(len(pictures))[:STATISTICS_IMAGES]
-    set_statistics(ema, _squares([pictures[index] for index in order], config.crop_px))
+    if config.steps:  # what was not trained keeps them: a transformer that came with it knows latents in their scale
+        order = keyed_generator(seed, "vae", "statistics").permutation(len(pictures))[:STATISTICS_IMAGES]
+        set_statistics(ema, _squares([pictures[index] for index in order], config.crop_px))
     save_vae(ema, context.output / "vae")
     (context.output / "curves.json").write_text(json.dumps(curves.points, indent=1) + "\n")
     # A handful of pictures may have none held out; then the scores say on what they were taken.

@@ -28,17 +28,20 @@ def activation_statistics(model: MMDiT, *, active: bool = True) -> Iterator[dict
         return
     streams: list[Tensor] = []
     gates: list[Tensor] = []
-    shares: list[Tensor] = []
+    shut: list[Tensor] = []
+    num_gates = 0
 
     def see_stream(_block: nn.Module, _inputs: object, output: Tensor) -> None:
         if len(output):
             streams.append(output.detach().abs().amax())
 
     def see_gate(_linear: nn.Module, _inputs: object, output: Tensor) -> None:
+        nonlocal num_gates
         gate = output.detach().chunk(2, dim=-1)[0]
         if len(gate):
             gates.append(gate.abs().amax())
-            shares.append((gate < SHUT).float().mean())
+            shut.append((gate < SHUT).sum())
+            num_gates += gate.numel()
 
     handles = [block.register_forward_hook(see_stream) for block in model.blocks]
     linears = [
@@ -54,4 +57,4 @@ def activation_statistics(model: MMDiT, *, active: bool = True) -> Iterator[dict
     if streams:
         statistics["stream_max"] = torch.stack(streams).amax().float()
     if gates:
-        statistics |= {"gate_max": torch.stack(gates).amax().float(), "shut_share": torch.stack(shares).mean()}
+        statistics |= {"gate_max": torch.stack(gates).amax().float(), "shut_share": torch.stack(shut).sum() / num_gates}

@@ -22,8 +22,9 @@ FRAGMENTED_SHARE = 0.05
 def block_activations(config: MMDiTModel, *, element_bytes: int = BF16, fused_norm: bool = True) -> dict[str, int]:
     """Bytes a token that autograd keeps of one block, by what they are.
 
-    `fused_norm`: RMSNorm as one kernel, which keeps its input and a scale a head (CUDA); else as a composite (CPU), which also keeps the
-    normed value in fp32 and, below fp32, its input in fp32. With `condition_at_t0` scales and gates differ from token to token.
+    Of a stream whose attention needs no gathering: one sample, samples of one length, or the variable-length kernel of CUDA. `fused_norm`:
+    RMSNorm as one kernel, which keeps its input and a scale a head (CUDA); else as a composite (CPU), which also keeps the normed value
+    in fp32 and, below fp32, its input in fp32; and a complex rotation, which keeps its table.
     """
     stream, hidden = config.width * element_bytes, hidden_width(config) * element_bytes
     head, normed = config.num_heads * FP32, config.width * FP32
@@ -34,9 +35,8 @@ def block_activations(config: MMDiTModel, *, element_bytes: int = BF16, fused_no
         "qkv input": stream,
         "qkv": 3 * stream,  # one tensor: input of both QK norms, and the values of attention
         "qk norms": 2 * head + (0 if fused_norm else 2 * (normed + own_input)),
-        "rotated queries and keys": 2 * stream,
+        "rotated queries and keys": 2 * stream + (0 if fused_norm else 2 * config.head_dim * FP32),
         "attention": stream + head,  # its output; log-sum-exp
-        "attention output's input": stream,  # the same with heads side by side: a copy, as queries have heads before tokens
         "attention branch": stream,  # of which the gate's gradient is taken
         "middle": stream,  # input of the second LayerNorm
         "second norm": stream + 2 * element_bytes,
@@ -45,7 +45,6 @@ def block_activations(config: MMDiTModel, *, element_bytes: int = BF16, fused_no
         "silu of the gate": hidden,
         "mlp output's input": hidden,  # product of that and the value
         "mlp branch": stream,
-        "scales and gates": 4 * stream if config.condition_at_t0 else 0,
     }
 
 
@@ -69,12 +68,12 @@ def kept_activations(config: MMDiTModel, policy: Checkpointing, *, element_bytes
 
 
 def outer_activations(config: MMDiTModel, *, element_bytes: int = BF16) -> int:
-    """Bytes a token kept outside the blocks: the last stream, the final norm and its scaled output, the rotary table in fp32.
+    """Bytes a token kept outside the blocks: the last stream, the final norm, its scale and its scaled output, the rotary table in fp32, and what
+    multiplies norms and branches of all blocks.
 
     Charged to every token as to one of the target: the projection of a text token keeps about as much.
     """
-    modulation = 4 * config.width * element_bytes if config.condition_at_t0 else 0
-    return 3 * config.width * element_bytes + config.head_dim * FP32 + modulation
+    return 8 * config.width * element_bytes + config.head_dim * FP32
 
 
 def backward_activations(config: MMDiTModel, *, element_bytes: int = BF16) -> int:

@@ -60,8 +60,9 @@ def attention_pairs(sample: Sample, *, attention: Literal["full", "block_causal"
 def mmdit_forward_flops(config: MMDiTModel, samples: Sequence[Sample], *, latent_channels: int, text_dim: int) -> int:
     """Forward FLOPs of one pass over a packed batch: 2 a parameter and token for linear layers, 4 D a pair for attention.
 
-    A layer is counted where it works: text projection on text, image projection on images, the last layer on targets; time embedding
-    and the modulation shared by all blocks once a sample, and once more a pass for what is modulated at t = 0.
+    A layer is counted where it works: text projection on text, image projection on images, the last layer and what follows attention
+    in the last block on targets; time embedding and the modulation shared by all blocks once a sample, and once more a pass for what is
+    modulated at t = 0.
     """
     width, num = config.width, len(samples)
     text = sum(sum(text_runs(sample)) for sample in samples)
@@ -73,6 +74,7 @@ def mmdit_forward_flops(config: MMDiTModel, samples: Sequence[Sample], *, latent
     time = TIME_CHANNELS * width + width**2 + 4 * width**2  # its two layers, and the modulation
     linear = (
         config.num_layers * block_matrices(config) * stream
+        - (block_matrices(config) - 3 * width**2) * (stream - target)
         + (text_dim * width + width**2) * text
         + image_in * (stream - text)
         + time * times

@@ -25,7 +25,7 @@ from pipelines.documents import find_recipe, find_site
 from pipelines.output import StepLines
 from pipelines.run import run_name
 
-COMMANDS = ("run", "plan", "compile", "sample", "report", "ui", "verify", "gc", "doctor")
+COMMANDS = ("run", "plan", "compile", "sample", "export", "report", "ui", "verify", "gc", "doctor")
 KEY = "0123456789abcdef"
 
 
@@ -81,7 +81,7 @@ def test_installed_command_starts(here: Path) -> None:
     assert done.stderr.startswith("darkroom: recipe 'nope'")
 
 
-@pytest.mark.parametrize("name", ["smoke", "demo", "qwen_image_2"])
+@pytest.mark.parametrize("name", ["smoke", "demo", "finetune", "qwen_image_2"])
 def test_built_in_recipes_are_found_by_name(name: str) -> None:
     assert find_recipe(name).name == name
 

@@ -144,6 +144,7 @@ WRONG_ARGUMENTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("plan", "qwen_image_2", "--set", "encoder.num_layers=37"),
         ("encoder.path", "weights/Qwen3-VL-8B-Instruct", "config.json"),
     ),
+    "fine-tuning without weights": (("run", "finetune"), ("encoder.path", "weights/Qwen-Image-2.1/text_encoder", "folder")),
     "the paper's recipe without weights": (("run", "qwen_image_2"), ("encoder.path", "weights/Qwen3-VL-8B-Instruct", "folder")),
     "nothing to verify": (("verify", "."), ("no manifest",)),
     "a history that is not there": (("ui",), ("does not exist yet",)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +10,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from model_core.models.attention import attend
 from model_core.models.mmdit import Block, MMDiT
 from model_core.models.rope import rotary_table
+from model_core.models.stream import pack
 from model_core.recipe import MMDiTModel, VAEModel
+from model_core.training.activation_checkpointing import checkpoint_activations
 from model_core.training.memory import (
     activation_peak,
     block_activations,
@@ -58,61 +58,45 @@ class LiveStorages(TorchDispatchMode):
         return sum(num for _, num in self._made.values())
 
 
-def keep_matmuls(_context: Any, func: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    name = func._schema.name
-    kept = name in ("aten::mm", "aten::addmm") or "scaled_dot_product" in name
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def checkpointed(block: nn.Module, policy: Checkpointing) -> Callable[..., Tensor]:
-    if policy == "none":
-        return block
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, keep_matmuls)} if policy == "selective" else {}
-    return partial(checkpoint, block, use_reentrant=False, **contexts)
-
-
 def model_of(config: MMDiTModel, policy: Checkpointing) -> MMDiT:
     torch.manual_seed(0)
     model = MMDiT(config, latent_channels=8, text_dim=config.width)
-    for block in model.blocks:
-        block.forward = checkpointed(block.forward, policy)  # type: ignore[arg-type, method-assign]
+    checkpoint_activations(model, policy)
     return model
 
 
 def forward(model: MMDiT) -> Tensor:
     text = NUM_TOKENS - TARGET
-    mask = torch.ones(1, text, dtype=torch.bool)
-    return model(torch.randn(1, TARGET, 8), torch.rand(1), torch.randn(1, text, model.text_dim), mask, (16, TARGET // 16))
+    stream = pack([(text, (16, TARGET // 16))], model.config)
+    return model(torch.randn(TARGET, 8), torch.randn(text, model.text_dim), torch.rand(1), stream)
 
 
 def saved_bytes(config: MMDiTModel, dtype: torch.dtype) -> int:
     """Bytes of the distinct storages that autograd saves of one block, without its parameters and what all tokens share."""
     torch.manual_seed(0)
     block = Block(config).to(dtype)
-    per_token = NUM_TOKENS if config.condition_at_t0 else 1
-    modulation = torch.randn(1, per_token, 4 * config.width, dtype=dtype, requires_grad=True)
-    stream = torch.randn(1, NUM_TOKENS, config.width, dtype=dtype, requires_grad=True)
+    scale1, gate1, scale2, gate2 = (torch.randn(NUM_TOKENS, config.width, dtype=dtype, requires_grad=True) for _ in range(4))
+    stream = torch.randn(NUM_TOKENS, config.width, dtype=dtype, requires_grad=True)
+    plan = pack([((NUM_TOKENS // 16, 16),)], config).plan
     rotary = rotary_table(torch.zeros(NUM_TOKENS, 3, dtype=torch.long), axes=config.rope_axes, theta=config.rope_theta)
-    shared = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *rotary, modulation)}
+    shared = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *rotary, scale1, gate1, scale2, gate2)}
     saved: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = block(stream, modulation, rotary, None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = block(stream, (scale1, gate1, scale2, gate2), rotary, plan, attend)
     assert out.requires_grad
     return sum(num for key, num in saved.items() if key not in shared)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("at_t0", [False, True])
-def test_terms_of_a_block_are_what_autograd_saves(dtype: torch.dtype, at_t0: bool) -> None:
-    config = SMALL.model_copy(update={"condition_at_t0": at_t0})
-    predicted = sum(block_activations(config, element_bytes=dtype.itemsize, fused_norm=False).values())
-    assert saved_bytes(config, dtype) / NUM_TOKENS == pytest.approx(predicted, rel=0.01)
+def test_terms_of_a_block_are_what_autograd_saves(dtype: torch.dtype) -> None:
+    predicted = sum(block_activations(SMALL, element_bytes=dtype.itemsize, fused_norm=False).values())
+    assert saved_bytes(SMALL, dtype) / NUM_TOKENS == pytest.approx(predicted, rel=0.01)
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])

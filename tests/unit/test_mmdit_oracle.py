@@ -137,6 +137,14 @@ def test_weights_go_there_and_back_bitwise() -> None:
             assert torch.equal(again.state_dict()[name], value), name
 
 
+def test_weights_in_half_precision_lose_nothing_on_the_way() -> None:
+    theirs = oracle(random.Random(3)).bfloat16()
+    ours = from_diffusers(dict(theirs.config), theirs.state_dict())
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+    assert torch.equal(ours.text_in.norm.weight, theirs.txt_in.text_norm.weight.float() + 1)
+    assert torch.equal(ours.image_in.weight, theirs.img_in.weight.float())
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

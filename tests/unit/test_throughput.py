@@ -107,7 +107,8 @@ def test_a_sample_of_the_published_model_takes_known_flops(side_px: int, referen
     image = (side_px // 16, side_px // 16)
     config = MMDiTModel(attention=attention)
     forward = mmdit_forward_flops(config, [(256, *[image] * (references + 1))], latent_channels=64, text_dim=4096)
-    assert training_flops(forward) / 1e12 == pytest.approx(teraflops, rel=0.01)
+    # By hand all tokens go through the whole last block; here its feed-forward is run on targets alone, which saves up to 1.3 %.
+    assert teraflops * 0.985 <= training_flops(forward) / 1e12 <= teraflops * 1.005
 
 
 def test_full_checkpointing_adds_a_forward_pass_and_selective_adds_nothing_that_counts() -> None:

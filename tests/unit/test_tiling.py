@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_core.data.pixels import image_tensor, tensor_image
 from model_core.models import tiling
 from model_core.models.tiling import decode_pictures, decode_tiled, encode_pictures, encode_tiled
 from model_core.models.vae import ResidualVAE
@@ -117,8 +116,8 @@ def test_latents_are_encoded_in_batches_of_bounded_size(monkeypatch: pytest.Monk
     vae, encode = vae_of(), ResidualVAE.encode
     sizes = []
     vae.encode = lambda images: sizes.append(len(images)) or encode(vae, images)  # type: ignore[method-assign,func-returns-value]
-    images = [tensor_image(image) for image in pictures(5, 3, 32, 48)]
+    images = list(pictures(5, 3, 32, 48))
     latents = encode_latents._encode(vae, images)
     assert sizes == [2, 2, 1]
-    whole = vae.standardise(encode(vae, torch.stack([image_tensor(image) for image in images])))
+    whole = vae.standardise(encode(vae, torch.stack(images)))
     torch.testing.assert_close(torch.stack(latents), whole, atol=1e-5, rtol=1e-5)

@@ -151,6 +151,18 @@ def test_training_goes_on_from_the_weights_at_path(context_of: Callable[..., Ste
         torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
 
 
+def test_without_steps_the_weights_at_path_go_through_with_their_statistics(context_of: Callable[..., StepContext]) -> None:
+    first = context_of("first", scene_rows(4, held_out=1))
+    run(first)
+    second = context_of("second", scene_rows(3, held_out=1)[::-1], path=str(first.output / "vae"), steps=0)
+    stats = run(second)
+    before, after = load_vae(first.output / "vae").state_dict(), load_vae(second.output / "vae").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert stats["psnr"] > 0
+    assert json.loads((second.output / "curves.json").read_text()) == []
+
+
 def test_an_edit_gives_its_target_and_its_references(context_of: Callable[..., StepContext]) -> None:
     target, source = (render(training_scene(Scenes(), 0, "scene", index), 64, 0, index) for index in range(2))
     edit = replace(make_row(target, kind="edit", references=[source, source], instruction="make it another"), held_out=False)
