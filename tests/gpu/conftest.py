@@ -1,4 +1,4 @@
-"""Tests that need a GPU; on a machine without one they are collected and skipped, and a line a file says so."""
+"""Tests that need a GPU; on a machine without one they are collected and skipped, and one line says so."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-WITHOUT = "found no GPU"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,8 +16,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason=WITHOUT))
+
+
+def pytest_runtest_setup() -> None:
+    """Skips from one place, so that one line tells of all."""
+    if not torch.cuda.is_available():
+        pytest.skip("found no GPU")
 
 
 @pytest.fixture
