@@ -11,7 +11,7 @@ BASE_IMAGE ?= docker.io/library/python:3.11-slim
 IMAGE ?= darkroom/training:dev
 ARGS ?=
 
-.PHONY: help setup demo test unit integration lint format golden bench images clean
+.PHONY: help setup demo test unit integration gpu lint format golden bench images clean
 
 help: ## what there is to make
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 22
@@ -30,13 +30,16 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## trains a small model from nothing to pictures, and reports
 	$(VENV)/bin/darkroom run demo $(ARGS)
 
-test: unit integration ## every test that this machine can run
+test: unit integration gpu ## every test that this machine can run
 
 unit: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/unit -n 2 $(ARGS)
 
 integration: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/integration -n 2 --dist loadgroup $(ARGS)
+
+gpu: $(READY) ## the tests that need a GPU; without one they are skipped
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/gpu $(ARGS)
 
 lint: $(READY) ## style, formatting and types
 	$(VENV)/bin/ruff check .

@@ -310,7 +310,9 @@ class MMDiT(Section):
     betas: tuple[Share, Share] = (0.9, 0.95)  # ours
     grad_clip: PositiveFloat = 1.0  # R1 Table 2
     guard: Guard = Guard()
-    precision: Literal["fp32", "bf16"] = "fp32"  # of passes; weights, moments and sums stay fp32. bf16 needs a GPU
+    # Of passes; weights, moments and sums stay fp32. bf16 needs a GPU, float8 one of compute capability 8.9: there the blocks' matrix
+    # products are in FP8, and the rest is bf16.
+    precision: Literal["fp32", "bf16", "float8"] = "fp32"
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9999  # ours
     caption_weights: dict[CaptionType, Annotated[float, Field(ge=0.0)]] = Field(
         {"general": 0.7, "text": 0.1, "knowledge": 0.1, "structured": 0.1}

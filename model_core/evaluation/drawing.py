@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
 
 from model_core.data.buckets import fit
 from model_core.data.pixels import image_tensor, tensor_image
-from model_core.models.condition import ConditionEncoder
-from model_core.models.mmdit import MMDiT
+from model_core.models.condition import ConditionEncoder, load_encoder
+from model_core.models.mmdit import MMDiT, load_mmdit
 from model_core.models.tiling import decode_pictures, encode_pictures
-from model_core.models.vae import ResidualVAE
+from model_core.models.vae import ResidualVAE, load_vae
 from model_core.recipe import Sampling
 from model_core.sampling.pipeline import sample
+from model_core.training.distributed import compute_device, frozen_dtype
 
 BATCH_PIXELS = 64 * 64 * 64  # 64 pictures of 64 px
 
@@ -29,6 +31,17 @@ class Painter:
     vae: ResidualVAE
     encoder: ConditionEncoder
     sampling: Sampling
+
+
+def open_painter(*, mmdit: Path, vae: Path, encoder: Path, sampling: Sampling) -> Painter:
+    """The model in these folders, on this machine's GPU where it has one."""
+    device = compute_device()
+    return Painter(
+        mmdit=load_mmdit(mmdit).to(device).eval(),
+        vae=load_vae(vae).to(device),
+        encoder=load_encoder(encoder, dtype=frozen_dtype(device)).to(device),
+        sampling=sampling,
+    )
 
 
 @dataclass(frozen=True)
@@ -73,4 +86,7 @@ def draw(painter: Painter, requests: Sequence[Request], *, on_drawn: Callable[[i
 @torch.inference_mode()
 def reconstruct(vae: ResidualVAE, pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """Each picture through the autoencoder and back; sides are multiples of 16."""
-    return [tensor_image(decode_pictures(vae, encode_pictures(vae, image_tensor(picture)[None]))[0]) for picture in pictures]
+    device = vae.latent_mean.device
+    return [
+        tensor_image(decode_pictures(vae, encode_pictures(vae, image_tensor(picture)[None].to(device)))[0].cpu()) for picture in pictures
+    ]

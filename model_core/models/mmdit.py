@@ -199,7 +199,8 @@ class Block(nn.Module):
         """Rotated queries and keys, and values, each (S, H, d)."""
         scale, *_ = modulation
         query, key, value = self.qkv(layer_norm(x) * scale).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        return rotate(self.query_norm(query), *rotary), rotate(self.key_norm(key), *rotary), value
+        # Where passes are in bfloat16, the norms' fp32 weights make their results fp32, which no fast attention takes.
+        return rotate(self.query_norm(query), *rotary).type_as(value), rotate(self.key_norm(key), *rotary).type_as(value), value
 
     def merge(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
         """The stream after what attention found (S, H, d), and the feed-forward."""

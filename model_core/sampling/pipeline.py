@@ -52,11 +52,12 @@ def sample(
         conditional, unconditional = denoise(torch.cat((x, x)), t).chunk(2)
         return guide(conditional, unconditional, scale=sampling.guidance_scale, rescale_norm=sampling.rescale_norm)
 
+    device = vae.latent_mean.device
     times = shifted_times(sampling.steps, mu=shift_mu(height * width, sampling.shift_mu), final_sigma=sampling.final_sigma)
     noise = [keyed_generator(seed, "sample").standard_normal((mmdit.latent_channels, height, width), dtype=np.float32) for seed in seeds]
-    latents = euler(velocity, torch.from_numpy(np.stack(noise)).flatten(2).transpose(1, 2), times)
+    latents = euler(velocity, torch.from_numpy(np.stack(noise)).flatten(2).transpose(1, 2).to(device), times)
     grid = latents.transpose(1, 2).unflatten(2, (height, width))
-    return decode_pictures(vae, vae.unstandardise(grid)).clamp(-1, 1)
+    return decode_pictures(vae, vae.unstandardise(grid)).clamp(-1, 1).cpu()
 
 
 def _denoiser(
@@ -68,7 +69,7 @@ def _denoiser(
     """
     seen = [[images[row % len(images)] for images in references] for row in range(len(prompts))] if encoder.sees_images else None
     encoded = encoder.encode_packed(prompts, seen)
-    text = encoded.states
+    text, device = encoded.states.float(), encoded.states.device
     conditions = [_condition(vae, images) for images in references]
     pictures = [*(grid for _, grid in conditions), shape]
     samples = [interleave(text_runs(segments), pictures) for segments in encoded.segments]
@@ -76,21 +77,28 @@ def _denoiser(
     once = reads_prefix_once(mmdit.config)
     if once:
         read = torch.cat(clean, dim=1).flatten(0, 1) if clean else text.new_zeros(0, mmdit.latent_channels)
-        prefix = mmdit.read_prefix(read, text, pack_prefix(samples, mmdit.config))
-    stream = pack_targets(samples, mmdit.config) if once else pack(samples, mmdit.config)
+        with _fast_passes(device):
+            prefix = mmdit.read_prefix(read, text, pack_prefix(samples, mmdit.config).to(device))
+    stream = (pack_targets(samples, mmdit.config) if once else pack(samples, mmdit.config)).to(device)
 
     def denoise(x: Tensor, t: float) -> Tensor:
         times = x.new_full((len(x),), t)
-        if once:
-            velocity = mmdit(x.flatten(0, 1), x.new_zeros(0, mmdit.text_dim), times, stream, prefix=prefix)
-        else:
-            velocity = mmdit(torch.cat([*clean, x], dim=1).flatten(0, 1), text, times, stream)
-        return velocity.unflatten(0, x.shape[:2])
+        with _fast_passes(device):
+            if once:
+                velocity = mmdit(x.flatten(0, 1), x.new_zeros(0, mmdit.text_dim), times, stream, prefix=prefix)
+            else:
+                velocity = mmdit(torch.cat([*clean, x], dim=1).flatten(0, 1), text, times, stream)
+        return velocity.to(x.dtype).unflatten(0, x.shape[:2])
 
     return denoise
 
 
+def _fast_passes(device: torch.device) -> torch.autocast:
+    """Passes in bfloat16 on a GPU; the latents that the solver carries stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def _condition(vae: ResidualVAE, images: Tensor) -> tuple[Tensor, Grid]:
     """A condition image as tokens, and its shape in tokens."""
-    latents = vae.standardise(encode_pictures(vae, images))
+    latents = vae.standardise(encode_pictures(vae, images.to(vae.latent_mean.device)))
     return latents.flatten(2).transpose(1, 2), (latents.shape[2], latents.shape[3])

@@ -10,11 +10,9 @@ from PIL import Image
 
 from model_core.data.buckets import bucket
 from model_core.documents import UserError
-from model_core.evaluation.drawing import Painter, Request, draw
+from model_core.evaluation.drawing import Painter, Request, draw, open_painter
 from model_core.manifest import FILE_NAME, Manifest, parse_manifest
-from model_core.models.condition import load_encoder, multiple_px, sees_images
-from model_core.models.mmdit import load_mmdit
-from model_core.models.vae import load_vae
+from model_core.models.condition import multiple_px, sees_images
 from model_core.recipe import Sampling
 from model_core.run_record import read_run, read_steps
 from model_core.site import Site
@@ -39,10 +37,10 @@ class PublishedModel:
 
     def load(self) -> Painter:
         """The model, ready to draw."""
-        return Painter(
-            mmdit=load_mmdit(self.parts["mmdit"].folder("mmdit")).eval(),
-            vae=load_vae(self.parts["vae"].folder("vae")).eval(),
-            encoder=load_encoder(self.parts["encoder"].folder("encoder")),
+        return open_painter(
+            mmdit=self.parts["mmdit"].folder("mmdit"),
+            vae=self.parts["vae"].folder("vae"),
+            encoder=self.parts["encoder"].folder("encoder"),
             sampling=self.sampling,
         )
 

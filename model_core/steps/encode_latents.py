@@ -26,6 +26,7 @@ from model_core.models.condition import ConditionEncoder, load_encoder
 from model_core.models.segments import text_runs
 from model_core.models.tiling import encode_pictures
 from model_core.models.vae import ResidualVAE, load_vae
+from model_core.training.distributed import compute_device, frozen_dtype
 
 BATCH_IMAGES = 64
 BATCH_PIXELS = 2048 * 2048  # at once through the autoencoder, or one picture
@@ -36,8 +37,9 @@ def run(context: StepContext) -> dict[str, Any]:
     assert context.stage is not None
     stage = context.recipe.mmdit.stages[context.stage]
     inputs = context.inputs
-    vae = load_vae(inputs["vae"].folder("vae"))
-    encoder = load_encoder(inputs["encoder"].folder("encoder"))
+    device = compute_device()
+    vae = load_vae(inputs["vae"].folder("vae")).to(device)
+    encoder = load_encoder(inputs["encoder"].folder("encoder"), dtype=frozen_dtype(device)).to(device)
     captions = {row["sample_id"]: row for row in pq.read_table(inputs["captions"].path("captions.parquet")).to_pylist()}
     began, done = time.monotonic(), 0
 
@@ -45,7 +47,7 @@ def run(context: StepContext) -> dict[str, Any]:
     stored = states_by_kind(stage.kinds, cache_states=stage.cache_states, sees_images=encoder.sees_images)
     writer = LatentWriter(context.output, origin=origin, channels=vae.config.latent_channels, states=stored, text_dim=encoder.dim)
     if stored:
-        write_empty(context.output, encoder.encode_packed([""]).states)
+        write_empty(context.output, encoder.encode_packed([""]).states.cpu())
     total = sum(count for kind, count in inputs["kept"].manifest.stats["kinds"].items() if kind in stage.kinds)
     for rows in _batches(read_kept_rows(inputs["kept"], inputs, kinds=stage.kinds)):
         for shape_px, group in _by_bucket(rows, stage.resolution_px, encoder.multiple_px).items():
@@ -110,8 +112,8 @@ def _encode(vae: ResidualVAE, images: list[Tensor]) -> list[Tensor]:
     batch = max(1, BATCH_PIXELS // images[0][0].numel())
     latents: list[Tensor] = []
     for start in range(0, len(images), batch):
-        part = torch.stack(images[start : start + batch])
-        latents += list(vae.standardise(encode_pictures(vae, part)).contiguous())
+        part = torch.stack(images[start : start + batch]).to(vae.latent_mean.device)
+        latents += list(vae.standardise(encode_pictures(vae, part)).contiguous().cpu())
     return latents
 
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
 from model_core.context import StepContext
@@ -28,15 +27,13 @@ from model_core.data.pixels import image_tensor
 from model_core.data.shards import RawRow, decode_image, read_rows
 from model_core.data.synthetic import PHOTO, compose, held_out_scenes, render
 from model_core.evaluation.attributes import SCORED, Prompt, plain_prompts, shares
-from model_core.evaluation.drawing import Painter, Request, draw, reconstruct
+from model_core.evaluation.drawing import Request, draw, open_painter, reconstruct
 from model_core.evaluation.edits import judge_edit, psnr_gain, scene_edits
 from model_core.evaluation.evidence import Evidence, mean
 from model_core.evaluation.hard import photo_scene_prompts, read_photo_scene, read_two_shapes, read_word, two_shape_prompts, word_prompts
 from model_core.evaluation.judge import Judge, accuracy
 from model_core.evaluation.reconstruction import psnr, ssim
-from model_core.models.condition import load_encoder
-from model_core.models.mmdit import load_mmdit
-from model_core.models.vae import load_vae
+from model_core.training.distributed import compute_device, keep_deterministic
 
 NUM_CHECKED = 160  # held-out renders on which the judge is checked
 NUM_CHECKED_AGAIN = 64  # of them read again after the autoencoder and over photographs: what a score can reach at most
@@ -47,7 +44,7 @@ NO_SCENES = "the data holds no plain scenes, so their judge does not apply: ther
 def run(context: StepContext) -> dict[str, Any]:
     """Draws, reads and scores; returns the scores, warnings and seconds. Raises RuntimeError when the judge fails its own check."""
     began = time.monotonic()
-    torch.use_deterministic_algorithms(True)
+    keep_deterministic(compute_device())
     inputs, config, seed = context.inputs, context.recipe.evaluation, context.recipe.seed
     pictures = _held_out(inputs["images"], config.num_reconstructions, seed=seed)
     edits = _held_out(inputs["edits"], config.num_edits, seed=seed)
@@ -79,10 +76,10 @@ class _Evaluation:
     def __init__(self, context: StepContext) -> None:
         inputs, recipe = context.inputs, context.recipe
         self.context, self.config, self.scenes, self.seed = context, recipe.evaluation, recipe.data.scenes, recipe.seed
-        self.painter = Painter(
-            mmdit=load_mmdit(inputs["model"].folder("mmdit")),
-            vae=load_vae(inputs["vae"].folder("vae")),
-            encoder=load_encoder(inputs["encoder"].folder("encoder")),
+        self.painter = open_painter(
+            mmdit=inputs["model"].folder("mmdit"),
+            vae=inputs["vae"].folder("vae"),
+            encoder=inputs["encoder"].folder("encoder"),
             sampling=recipe.sampling,
         )
         stage = inputs["model"].manifest.stage

@@ -30,8 +30,9 @@ from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.training.activation_statistics import activation_statistics
 from model_core.training.checkpoint import CheckpointStore, Stateful
 from model_core.training.curves import Curves
-from model_core.training.distributed import training_device, whole
+from model_core.training.distributed import compute_device, frozen_dtype, keep_deterministic, whole
 from model_core.training.ema import ema_of, update_ema
+from model_core.training.float8 import check_float8
 from model_core.training.guard import StepGuard, TrainingDiverged
 from model_core.training.ledger import FILE_NAME as LEDGER
 from model_core.training.ledger import Ledger, LedgerError, check_ledger, ledger_document, plan_document
@@ -47,14 +48,17 @@ def run(context: StepContext) -> dict[str, Any]:
     """Trains the stage to its end; returns losses, counts and times. Of several ranks the first alone publishes."""
     assert context.stage is not None
     recipe, stage, ranks = context.recipe.mmdit, context.recipe.mmdit.stages[context.stage], context.ranks
-    device = training_device(ranks)
-    if recipe.precision == "bf16" and device.type == "cpu":
-        raise UserError("mmdit.precision: found bf16 on a machine without a GPU, where it is hundreds of times slower; allowed is fp32")
-    torch.use_deterministic_algorithms(device.type == "cpu")  # kernels of GPUs that are not are several times as fast
+    device = compute_device(ranks)
+    if recipe.precision != "fp32" and device.type == "cpu":
+        found = f"found {recipe.precision} on a machine without a GPU, where it is hundreds of times slower"
+        raise UserError(f"mmdit.precision: {found}; allowed is fp32")
+    keep_deterministic(device)
     stored = states_by_kind(stage.kinds, cache_states=stage.cache_states, sees_images=sees_images(context.inputs["encoder"]))
     index, origin, channels = open_latents(context.inputs["latents"], origin=expected_origin(context), states=stored)
     # A large model, which takes minutes to load and memory from training, is not needed where all states are stored.
-    encoder = None if set(stored) == set(stage.kinds) else load_encoder(context.inputs["encoder"].folder("encoder")).to(device)
+    encoder = None
+    if set(stored) != set(stage.kinds):
+        encoder = load_encoder(context.inputs["encoder"].folder("encoder"), dtype=frozen_dtype(device)).to(device)
     empty, text_dim = without_prompt(context.inputs["latents"] if stored else None, encoder)
     groups = open_groups(context, index)
     plan = stage_plan(context, index)
@@ -69,10 +73,12 @@ def run(context: StepContext) -> dict[str, Any]:
     layout = lay_out(ranks, context_parallel=profile.context_parallel)
     model = _initial_model(context, latent_channels=channels, text_dim=text_dim).to(device)
     check_layout(model, profile)
+    if recipe.precision == "float8":
+        check_float8(model, device)
     loader = Loader(groups, plan, draws, model.config, recipe.micro_batch_tokens, layout.data, workers=context.loader_workers)
     ema = ema_of(model)
-    dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-    prepare(model, profile, ranks, dtype=dtype)
+    dtype = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+    prepare(model, profile, ranks, dtype=dtype, float8=recipe.precision == "float8")
     shard(ema, profile, ranks, dtype=dtype)
     optimizer = Optimizer(
         model,
@@ -82,7 +88,7 @@ def run(context: StepContext) -> dict[str, Any]:
         weight_decay=recipe.weight_decay,
         grad_clip=recipe.grad_clip,
     )
-    passes = Passes(encoder, layout, bfloat16=recipe.precision == "bf16")
+    passes = Passes(encoder, layout, bfloat16=recipe.precision != "fp32")
     curves, ledger, guard = Curves("loss", "grad_norm"), Ledger(), StepGuard(recipe.guard)
     stateful: dict[str, Stateful] = {"model": model, "ema": ema, "optimizer": optimizer, "curves": curves}
     meter = Meter(ranks.size, peak_flops_of_this_gpu(), began_at=time.time())
@@ -135,7 +141,7 @@ def run(context: StepContext) -> dict[str, Any]:
         return {}
     published = MMDiT(model.config, latent_channels=channels, text_dim=text_dim)
     published.load_state_dict(weights)
-    return _publish(context, published, encoder=encoder, empty=empty, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
+    return _publish(context, published.to(device), encoder=encoder, empty=empty, groups=groups, curves=curves, ledger=ledger, plan=plan) | {
         "steps": stage.steps,
         "samples": sum(step.count for step in ledger.steps),
         "trained_rows": sum(rows.total for rows in plan.rows.values()),

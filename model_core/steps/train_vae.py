@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +37,7 @@ from model_core.objectives.autoencoding import alignment_loss, edge_loss, l1_los
 from model_core.recipe import VAE
 from model_core.training.checkpoint import Stateful
 from model_core.training.curves import Curves
-from model_core.training.distributed import sum_gradients, sum_over_ranks
+from model_core.training.distributed import compute_device, keep_deterministic, sum_gradients, sum_over_ranks
 from model_core.training.ema import ema_of, update_ema
 from model_core.training.optim import Optimizer
 from model_core.training.stopping import Stopped, noting_sigterm
@@ -52,10 +55,12 @@ EVAL_BATCH = 64
 def run(context: StepContext) -> dict[str, Any]:
     """Trains to the end; returns held-out scores, counts and times."""
     config, seed, ranks = context.recipe.vae, context.recipe.seed, context.ranks
-    torch.use_deterministic_algorithms(True)
-    teacher, lpips = _teacher(config), None if config.lpips_path is None else load_lpips(Path(config.lpips_path).expanduser())
+    device = compute_device(ranks)
+    keep_deterministic(device)
+    teacher = _teacher(config).to(device)
+    lpips = None if config.lpips_path is None else load_lpips(Path(config.lpips_path).expanduser()).to(device)
     torch.manual_seed(seed)  # modules draw their initial weights from the global generator
-    model = AlignedVAE(_initial_vae(config), teacher_dim=teacher.dim)
+    model = AlignedVAE(_initial_vae(config), teacher_dim=teacher.dim).to(device)
     began = time.monotonic()
     pictures, held_out = _read_pictures(context)
     data_seconds = time.monotonic() - began
@@ -70,14 +75,15 @@ def run(context: StepContext) -> dict[str, Any]:
     restored = context.checkpoints.restore(stateful)
     first = 0 if restored is None else restored.step
     share = ranks.share(config.batch_size)
+    ahead = batches(pictures, share, first=first, config=config, seed=seed, workers=context.loader_workers)
 
     began, batch_seconds = time.monotonic(), 0.0
     with noting_sigterm() as stop:
         for step in range(first, config.steps):
             fetched = time.monotonic()
-            images = batch(pictures, share, step=step, config=config, seed=seed)
+            images = next(ahead).to(device)
             batch_seconds += time.monotonic() - fetched
-            parts = torch.zeros(1 + len(names))
+            parts = torch.zeros(1 + len(names), device=device)
             if len(share):  # every part of the loss is a mean over equal pictures, so ranks weigh by theirs
                 loss, terms = losses(model, teacher, images, config=config, step=step, seed=seed, lpips=lpips)
                 weight = len(share) / config.batch_size
@@ -87,7 +93,7 @@ def run(context: StepContext) -> dict[str, Any]:
             norm = optimizer.clip()
             optimizer.step(step)
             update_ema(ema, model.vae, step=step, decay=config.ema_decay)
-            curves.add(*sum_over_ranks(parts, ranks), norm)
+            curves.add(*sum_over_ranks(parts, ranks).cpu(), norm.cpu())
             done = step + 1
             if done % config.log_every_steps == 0 or done == config.steps:
                 point = curves.close(done)
@@ -147,6 +153,21 @@ def losses(
         weights.append(config.lpips_weight)
     loss = torch.stack([weight * part for weight, part in zip(weights, parts, strict=True) if weight]).sum()
     return loss, tuple(part.detach() for part in parts)
+
+
+def batches(pictures: Sequence[bytes], slots: range, *, first: int, config: VAE, seed: int, workers: int) -> Iterator[Tensor]:
+    """The batches from step `first` to the last, each made ahead by one of so many threads; without any, when it is asked for."""
+    make = partial(batch, pictures, slots, config=config, seed=seed)
+    if workers == 0:
+        yield from (make(step=step) for step in range(first, config.steps))
+        return
+    with ThreadPoolExecutor(workers, "crops") as pool:
+        ahead = deque(pool.submit(make, step=step) for step in range(first, min(first + workers, config.steps)))
+        for step in range(first + workers, config.steps + workers):
+            done = ahead.popleft().result()
+            if step < config.steps:
+                ahead.append(pool.submit(make, step=step))
+            yield done
 
 
 def batch(pictures: Sequence[bytes], slots: range, *, step: int, config: VAE, seed: int) -> Tensor:
@@ -234,7 +255,8 @@ def _squares(pictures: Sequence[bytes], side_px: int) -> Tensor:
 @torch.inference_mode()
 def set_statistics(vae: ResidualVAE, images: Tensor) -> None:
     """Sets the latents' mean and deviation a channel to those of the pictures' latents."""
-    latents = torch.cat([encode_pictures(vae, part).flatten(2) for part in images.split(EVAL_BATCH)]).double()
+    device = vae.latent_mean.device
+    latents = torch.cat([encode_pictures(vae, part.to(device)).flatten(2) for part in images.split(EVAL_BATCH)]).double()
     vae.latent_mean.copy_(latents.mean(dim=(0, 2)))
     # A channel that never changes carries nothing; its deviation stays above zero so that it can be divided by.
     vae.latent_std.copy_(latents.std(dim=(0, 2), correction=0).clamp_min(1e-4))
@@ -243,11 +265,12 @@ def set_statistics(vae: ResidualVAE, images: Tensor) -> None:
 @torch.inference_mode()
 def score(vae: ResidualVAE, images: Tensor, kinds: Sequence[str], *, lpips: LPIPS | None = None) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of the reconstructions, and LPIPS on VGG16 if given; PSNR also a kind."""
-    pairs = [(decode_pictures(vae, encode_pictures(vae, part)), part) for part in images.split(EVAL_BATCH)]
-    decibels, similarity = (torch.cat([metric(*pair) for pair in pairs]) for metric in (psnr, ssim))
+    originals = images.to(vae.latent_mean.device).split(EVAL_BATCH)
+    pairs = [(decode_pictures(vae, encode_pictures(vae, part)), part) for part in originals]
+    decibels, similarity = (torch.cat([metric(*pair) for pair in pairs]).cpu() for metric in (psnr, ssim))
     result = {"psnr": round(decibels.mean().item(), 4), "ssim": round(similarity.mean().item(), 5)}
     if lpips is not None:
-        distances = torch.cat([lpips(decoded.clamp(-1, 1), originals) for decoded, originals in pairs])
+        distances = torch.cat([lpips(decoded.clamp(-1, 1), original) for decoded, original in pairs])
         result["lpips_vgg16"] = round(distances.mean().item(), 5)
     for kind in sorted(set(kinds)):
         chosen = torch.tensor([other == kind for other in kinds])
@@ -258,6 +281,6 @@ def score(vae: ResidualVAE, images: Tensor, kinds: Sequence[str], *, lpips: LPIP
 @torch.inference_mode()
 def show(vae: ResidualVAE, images: Tensor, path: Path) -> None:
     """Draws pictures above their reconstructions, three times as large."""
-    decoded = decode_pictures(vae, encode_pictures(vae, images))
+    decoded = decode_pictures(vae, encode_pictures(vae, images.to(vae.latent_mean.device))).cpu()
     sheet = tensor_image(torch.cat([torch.cat(list(row), dim=2) for row in (images, decoded)], dim=1))
     sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST).save(path)

@@ -32,5 +32,5 @@ def checkpoint_activations(model: MMDiT, policy: Policy) -> None:
 
 def _keep_products(_context: Any, operator: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
     name = operator._schema.name
-    kept = name in ("aten::mm", "aten::addmm") or "attention" in name or "attn" in name
+    kept = name in ("aten::mm", "aten::addmm", "aten::_scaled_mm") or "attention" in name or "attn" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -136,8 +136,22 @@ def is_sharded(model: Any) -> bool:
     return any(hasattr(parameter, "to_local") for parameter in model.parameters())
 
 
-def training_device(ranks: Ranks) -> Any:
-    """The GPU of this rank where there are any, else the CPU."""
+def compute_device(ranks: Ranks = ALONE) -> Any:
+    """Where models of this rank work: its GPU where there are any, else the CPU."""
     import torch
 
     return torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def frozen_dtype(device: Any) -> Any:
+    """Of frozen transformers' weights and passes: bfloat16 on a GPU, as they are published; fp32 on a CPU, which has no units for it."""
+    import torch
+
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def keep_deterministic(device: Any) -> None:
+    """Refuses, on a CPU, operations that give other bits when repeated. On a GPU those that do not are several times as fast."""
+    import torch
+
+    torch.use_deterministic_algorithms(device.type == "cpu")

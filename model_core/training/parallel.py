@@ -1,6 +1,7 @@
-"""How a model is laid out over the ranks of its step: put on from outside, in the order recompute, compile, shard.
+"""How a model is laid out over the ranks of its step: put on from outside, in the order FP8, recompute, compile, shard.
 
-None of this changes what is computed but for the order in which sums are rounded; it belongs to the site, not to the recipe.
+But for FP8, which the recipe asks for, none of this changes what is computed other than the order in which sums are rounded; it
+belongs to the site, not to the recipe.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from model_core.models.stream import Stream
 from model_core.site import LaunchProfile
 from model_core.training.activation_checkpointing import checkpoint_activations
 from model_core.training.distributed import ALONE, Ranks
+from model_core.training.float8 import use_float8
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,10 @@ def compile_blocks(model: MMDiT, **options: Any) -> None:
             setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, dynamic=True, **options))
 
 
-def prepare(model: MMDiT, profile: LaunchProfile, ranks: Ranks, *, dtype: torch.dtype = torch.float32) -> None:
+def prepare(model: MMDiT, profile: LaunchProfile, ranks: Ranks, *, dtype: torch.dtype = torch.float32, float8: bool = False) -> None:
     """Recompute, compile and shard as the profile says; parameters stay fp32, `dtype` is that of the passes where they are sharded."""
+    if float8:
+        use_float8(model)
     checkpoint_activations(model, profile.activation_checkpointing)
     if profile.compile:
         compile_blocks(model)

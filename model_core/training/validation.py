@@ -53,7 +53,8 @@ def validation_loss(
             condition = condition_of(group, row, name if group.prompts[name][row] else None, empty=empty)
             text = text_states(encoder, [condition.prompt], [condition.states], like=weight)
             sample = interleave(condition.runs, [(group.bucket.height, group.bucket.width)] * (group.bucket.num_references + 1))
-            velocity = model(pictures, text, torch.tensor([time]), pack([sample], model.config))
+            t, stream = torch.tensor([time], device=weight.device), pack([sample], model.config).to(weight.device)
+            velocity = model(pictures.to(weight.device), text, t, stream).cpu()
             losses[time].append(float(flow_loss(velocity, velocity_target(latents, noise_tokens), num_elements=latents.numel())))
         result[kind] = float(np.mean([np.mean(values) for values in losses.values()]))
     return result

@@ -108,8 +108,8 @@ def evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., d
                 "evaluation": {"num_prompts": 16, "num_edits": 6, "num_reconstructions": 6, "grid_prompts": 4},
             }
         )
-        for loader in ("load_mmdit", "load_vae", "load_encoder"):
-            monkeypatch.setattr(evaluate_model, loader, lambda folder: SimpleNamespace(multiple_px=16))
+        painter = SimpleNamespace(vae=None, encoder=SimpleNamespace(multiple_px=16))
+        monkeypatch.setattr(evaluate_model, "open_painter", lambda **_: painter)
         monkeypatch.setattr(evaluate_model, "reconstruct", lambda vae, pictures: [picture.copy() for picture in pictures])
         monkeypatch.setattr(evaluate_model, "draw", lambda painter, requests, *, on_drawn: [paint(request) for request in requests])
         folder = tmp_path / output / "result"

@@ -32,7 +32,7 @@ from model_core.models.vae_diffusers import write_diffusers
 from model_core.progress import Progress
 from model_core.recipe import Recipe, Scenes, parse_recipe
 from model_core.site import Site
-from model_core.steps.train_vae import AlignedVAE, batch, losses, run, score, set_statistics
+from model_core.steps.train_vae import AlignedVAE, batch, batches, losses, run, score, set_statistics
 from model_core.storage import open_storage
 from model_core.tracking.spool import open_tracker
 from model_core.training.checkpoint import CheckpointStore
@@ -188,6 +188,16 @@ def test_a_batch_of_pictures_as_high_as_the_crop_holds_their_own_pixels_at_keyed
     places = [np.flatnonzero((windows == crop).all(axis=(1, 2, 3))) for crop in crops]
     assert all(len(place) == 1 for place in places)
     assert len({int(place[0]) for place in places}) > 4
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3, 9])
+def test_batches_made_ahead_are_those_of_their_steps(workers: int) -> None:
+    noise = Image.fromarray(keyed_generator("noise").integers(256, size=(32, 160, 3), dtype=np.uint8))
+    config, pictures = recipe(batch_size=2, steps=7).vae, [encode_image(noise)]
+    made = list(batches(pictures, range(2), first=2, config=config, seed=0, workers=workers))
+    assert len(made) == 5
+    for step, images in enumerate(made, 2):
+        assert torch.equal(images, batch(pictures, range(2), step=step, config=config, seed=0))
 
 
 def test_large_pictures_are_seen_at_scales_between_the_whole_and_their_own_pixels() -> None:
