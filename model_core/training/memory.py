@@ -68,8 +68,8 @@ def kept_activations(config: MMDiTModel, policy: Checkpointing, *, element_bytes
 
 
 def outer_activations(config: MMDiTModel, *, element_bytes: int = BF16) -> int:
-    """Bytes a token kept outside the blocks: the last stream, the final norm, its scale and its scaled output, the rotary table in fp32, and what
-    multiplies norms and branches of all blocks.
+    """Bytes a token kept outside the blocks: the last stream, the final norm, its scale and its scaled output, the rotary table in
+    fp32, and what multiplies norms and branches of all blocks.
 
     Charged to every token as to one of the target: the projection of a text token keeps about as much.
     """
