@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline, QwenImage21Transformer2DModel
-from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_shift
-from torch import Tensor
+from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLProcessor
 from typer.testing import CliRunner
 
@@ -23,19 +21,18 @@ from model_core.evaluation.drawing import Painter
 from model_core.models.condition import open_qwen3_vl
 from model_core.models.mmdit import save_mmdit
 from model_core.models.mmdit_diffusers import read_diffusers
-from model_core.models.segments import Segment, interleave, num_tokens, text_runs
 from model_core.recipe import parse_recipe
-from model_core.sampling import pipeline
 from model_core.site import Site
 from model_core.steps.train_mmdit import _initial_model
 from pipelines import cli
 from pipelines.run import check_inputs
+from tests.diffusers_oracle import latents_of, public_latents
 from tests.published_models import KEY, MMDIT, SYSTEM, painter, publish
 from tests.tiny_encoders import PROMPTS, picture
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "reference" / "export.md").read_text()
 COMMANDS = [shlex.split(line, comments=True) for line in re.findall(r"^darkroom export .*", DOCUMENT, re.MULTILINE)]
-SIZE, SEEDS = (64, 96), [3, 4]
+SIZE = (64, 96)
 SIDES = tuple(side // 16 for side in SIZE)
 TEXTS = PROMPTS[:2]
 
@@ -59,67 +56,11 @@ def invoke(*arguments: str) -> str:
     return result.stdout
 
 
-def latents_of(monkeypatch: pytest.MonkeyPatch, model: Painter, references: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The sampler's noise and its last latents, each (B, N, C), and what it decodes them to is left alone."""
-    seen: list[Tensor] = []
-    decode, euler = pipeline.decode_pictures, pipeline.euler
-    monkeypatch.setattr(pipeline, "euler", lambda velocity, x, times: seen.append(x) or euler(velocity, x, times))
-    monkeypatch.setattr(pipeline, "decode_pictures", lambda vae, latents: seen.append(latents) or decode(vae, latents))
-    pipeline.sample(model.mmdit, model.vae, model.encoder, TEXTS, size_px=SIZE, seeds=SEEDS, sampling=model.sampling, references=references)
-    noise, raw = seen
-    return noise, model.vae.standardise(raw).flatten(2).transpose(1, 2)
-
-
-@torch.inference_mode()
-def public_latents(folder: Path, model: Painter, noise: Tensor, references: list[Tensor]) -> Tensor:
-    """Euler steps of diffusers' transformer and scheduler with guidance, on one sample at a time."""
-    transformer = QwenImage21Transformer2DModel.from_pretrained(folder / "transformer", local_files_only=True).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    conditions = [model.vae.standardise(pipeline.encode_pictures(model.vae, images)) for images in references]
-    config, count = scheduler.config, noise.shape[1]
-    mu = calculate_shift(count, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
-    sigmas = torch.linspace(1, 1 / model.sampling.steps, model.sampling.steps).tolist()
-    shapes = [[(1, condition.shape[2], condition.shape[3]) for condition in conditions] + [(1, *SIDES)]]
-    drawn = []
-    for number, text in enumerate(TEXTS):
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu)
-        clean = [condition[number : number + 1].flatten(2).transpose(1, 2) for condition in conditions]
-        x = noise[number : number + 1]
-        for t in scheduler.timesteps:
-            velocities = []
-            for prompt in (text, ""):
-                encoded = model.encoder.encode_packed([prompt], [[images[number] for images in references]])
-                grids = [(condition.shape[2], condition.shape[3]) for condition in conditions]
-                segments = interleave(text_runs(encoded.segments[0]), [*grids, SIDES])
-                is_slot = torch.cat([torch.full((_slots(segment),), not isinstance(segment, int)) for segment in segments])
-                held = len(is_slot) - count // 4
-                states = encoded.states.new_zeros(held, encoded.states.shape[1])
-                states[~is_slot[:held]] = encoded.states
-                velocity = transformer(
-                    hidden_states=torch.cat([*clean, x], dim=1),
-                    encoder_hidden_states=states[None],
-                    timestep=t[None] / 1000,
-                    img_shapes=shapes,
-                    img_mask=is_slot[None],
-                ).sample[:, -count:]
-                velocities.append(velocity)
-            conditional, unconditional = velocities
-            guided = unconditional + model.sampling.guidance_scale * (conditional - unconditional)
-            x = scheduler.step(guided, t, x).prev_sample
-        drawn.append(x)
-    return torch.cat(drawn)
-
-
-def _slots(segment: Segment) -> int:
-    """Places in the vision-language sequence: one a text token, one for 2 x 2 latent tokens of a picture."""
-    return segment if isinstance(segment, int) else num_tokens(segment) // 4
-
-
 @pytest.mark.parametrize("num_images", [0, 1, 2])
 def test_diffusers_transformer_and_scheduler_give_the_samplers_latents(num_images, exported, model, monkeypatch):
     references = [torch.stack([picture(number, 32, 64) for number in range(2)])] * num_images
-    noise, found = latents_of(monkeypatch, model, references)
-    expected = public_latents(exported, model, noise, references)
+    noise, found = latents_of(monkeypatch, model, references, prompts=TEXTS, size_px=SIZE)
+    expected = public_latents(exported, model, noise, references, prompts=TEXTS, size_px=SIZE)
     assert found.abs().mean() > 0.3
     assert (found - noise).abs().mean() > 0.3
     assert (found - expected).abs().max() <= 1e-4
@@ -140,7 +81,7 @@ def open_pipeline(folder: Path, **parts: Any) -> QwenImage21Pipeline:
 
 
 def test_diffusers_pipeline_draws_from_the_folder_what_the_sampler_draws(exported, model, monkeypatch):
-    noise, latents = latents_of(monkeypatch, model, [])
+    noise, latents = latents_of(monkeypatch, model, [], prompts=TEXTS, size_px=SIZE)
     arguments = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 4, "latents": noise}
     opened = open_pipeline(exported)
     drawn = opened(TEXTS, negative_prompt=[" "] * 2, true_cfg_scale=3.0, output_type="pt", **arguments).images
