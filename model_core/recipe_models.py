@@ -139,7 +139,6 @@ class MMDiTModel(Section):
     rope_positions: Literal["ordinal", "running"] = "ordinal"  # frames and text count as in Qwen-Image 1.0, or along the stream (S)
     attention: Literal["full", "block_causal"] = "full"  # full is the safe reading of R1; block_causal is S
     condition_at_t0: bool = False  # text and condition images modulated at t=0; S
-    place_input: bool = False  # image tokens also carry their rotary angles as input: short runs learn places sooner (ours)
 
     @model_validator(mode="after")
     def _axes_fill_head(self) -> MMDiTModel:

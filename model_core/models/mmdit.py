@@ -40,7 +40,6 @@ class MMDiT(nn.Module):
         self.config, self.latent_channels, self.text_dim = config, latent_channels, text_dim
         width = config.width
         self.image_in = nn.Linear(latent_channels, width, bias=False)
-        self.place_in = nn.Linear(config.head_dim, width, bias=False) if config.place_input else None
         self.text_in = TextProjection(text_dim, width)
         self.time_in, self.time_out = nn.Linear(TIME_CHANNELS, width, bias=False), nn.Linear(width, width, bias=False)
         self.modulation = nn.Linear(width, 4 * width, bias=False)
@@ -128,10 +127,6 @@ class MMDiT(nn.Module):
             raise ValueError(f"found {found} channels of pictures and text; this model takes {expected}")
         x = torch.cat((self.text_in(text), self.image_in(pictures)))[stream.order]
         rotary = rotary_table(stream.positions, axes=self.config.rope_axes, theta=self.config.rope_theta)
-        if self.place_in is not None:
-            is_picture = stream.order >= len(text)
-            places = self.place_in(torch.cat(rotary, dim=1)[is_picture].to(x.dtype))
-            x = x.index_add(0, is_picture.nonzero().squeeze(1), places)
         return x, rotary
 
     def _modulation(self, time: Tensor, rows: Tensor) -> Modulation:

@@ -51,7 +51,6 @@ def to_diffusers(model: MMDiT) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ("attention", config.attention, "block_causal"),
         ("rope_positions", config.rope_positions, "running"),
         ("rope_theta", config.rope_theta, ROPE_THETA),
-        ("place_input", config.place_input, False),
         ("mlp_ratio", config.mlp_ratio, round(config.mlp_ratio)),
     ):
         if found != allowed:

@@ -37,7 +37,7 @@ def mmdit_parameters(config: MMDiTModel, *, latent_channels: int, text_dim: int)
         "modulation": 4 * width**2,
         "text in": text_dim * width + width**2 + text_dim,
         "time in": TIME_CHANNELS * width + width**2,
-        "image in": latent_channels * width + (config.head_dim * width if config.place_input else 0),
+        "image in": latent_channels * width,
         "image out": width**2 + width * latent_channels,
     }
 

@@ -69,14 +69,13 @@ def mmdit_forward_flops(config: MMDiTModel, samples: Sequence[Sample], *, latent
     target = sum(num_tokens(sample[-1]) for sample in samples)
     stream = sum(num_tokens(segment) for sample in samples for segment in sample)
     pairs = sum(attention_pairs(sample, attention=config.attention) for sample in samples)
-    image_in = latent_channels * width + (config.head_dim * width if config.place_input else 0)
     times = num + (1 if config.condition_at_t0 else 0)
     time = TIME_CHANNELS * width + width**2 + 4 * width**2  # its two layers, and the modulation
     linear = (
         config.num_layers * block_matrices(config) * stream
         - (block_matrices(config) - 3 * width**2) * (stream - target)
         + (text_dim * width + width**2) * text
-        + image_in * (stream - text)
+        + latent_channels * width * (stream - text)
         + time * times
         + width**2 * num  # the final norm's scale
         + width * latent_channels * target

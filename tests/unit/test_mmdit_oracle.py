@@ -151,7 +151,6 @@ def test_weights_in_half_precision_lose_nothing_on_the_way() -> None:
         ({"attention": "full"}, "attention: found full"),
         ({"rope_positions": "ordinal"}, "rope_positions: found ordinal"),
         ({"rope_theta": 20.0}, "rope_theta: found 20.0"),
-        ({"place_input": True}, "place_input: found True"),
         ({"mlp_ratio": 2.5}, "mlp_ratio: found 2.5"),
     ],
 )

@@ -56,7 +56,7 @@ def tiny_run(config: MMDiTModel) -> tuple[MMDiT, tuple[Any, ...]]:
     return model, (torch.randn(10, 8), torch.randn(5, 12), torch.rand(1), pack([SAMPLE], config))
 
 
-@pytest.mark.parametrize("changes", [{}, {"place_input": True}, {"condition_at_t0": True}, {"mlp_ratio": 2.5}])
+@pytest.mark.parametrize("changes", [{}, {"condition_at_t0": True}, {"mlp_ratio": 2.5}])
 def test_forward_flops_of_the_transformer_are_those_that_pytorch_counts(changes: dict[str, Any]) -> None:
     config = TINY.model_copy(update=changes)
     model, inputs = tiny_run(config)
@@ -138,7 +138,7 @@ def test_flops_of_the_condition_encoder_are_those_that_pytorch_counts() -> None:
     assert text_encoder_flops(encoder_sizes(TINY_ENCODER), tokens=7) == counted(lambda: last_states(model, ids, places))
 
 
-@pytest.mark.parametrize("config", [MMDiTModel(), MMDiTModel(place_input=True), TINY])
+@pytest.mark.parametrize("config", [MMDiTModel(), TINY])
 def test_parameters_of_the_transformer_are_those_of_the_module(config: MMDiTModel) -> None:
     with torch.device("meta"):
         model = MMDiT(config, latent_channels=64, text_dim=4096)
