@@ -113,7 +113,7 @@ def made_line(root: Path, recipe: Recipe, *, stored: bool) -> Line:
 def trained(line: Line) -> Line:
     """After training without the vision-language model at hand."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_mmdit, "load_encoder", lambda folder: pytest.fail("the encoder is loaded"))
+        patch.setattr(train_mmdit, "load_encoder", lambda folder, **_: pytest.fail("the encoder is loaded"))
         line.run("model", train_mmdit, stage="S1")
     return line
 
@@ -150,6 +150,6 @@ def test_a_stage_that_needs_stored_states_refuses_latents_without_them(tmp_path:
 def test_a_stage_that_stores_edits_alone_loads_the_encoder_for_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = made_line(tmp_path, recipe(cache_states=False), stored=False)
     load, loaded = train_mmdit.load_encoder, []
-    monkeypatch.setattr(train_mmdit, "load_encoder", lambda folder: [loaded.append(folder), load(folder)][1])
+    monkeypatch.setattr(train_mmdit, "load_encoder", lambda folder, **_: [loaded.append(folder), load(folder)][1])
     assert line.run("model", train_mmdit, stage="S1").manifest.stats["steps"] == 2
     assert len(loaded) == 1
