@@ -59,7 +59,8 @@ def public_latents(
         for t in scheduler.timesteps:
             velocities = []
             for prompt in (text, ""):
-                encoded = model.encoder.encode_packed([prompt], [[images[number] for images in references]])
+                shown = [[images[number] for images in references]] if model.encoder.sees_images else None
+                encoded = model.encoder.encode_packed([prompt], shown)
                 grids = [(condition.shape[2], condition.shape[3]) for condition in conditions]
                 segments = interleave(text_runs(encoded.segments[0]), [*grids, sides])
                 is_slot = torch.cat([torch.full((_slots(segment),), not isinstance(segment, int)) for segment in segments])

@@ -103,27 +103,29 @@ def alone(latents: Path) -> tuple[list[float], float]:
     return losses, weights
 
 
-@pytest.mark.parametrize(
-    ("size", "fields"),
-    [
-        (2, {}),
-        (3, {}),
-        (4, {}),
-        (2, {"shard": "fsdp"}),
-        (3, {"shard": "fsdp"}),
-        (4, {"shard": "fsdp"}),
-        (4, {"shard": "hsdp"}),
-        (2, {"context_parallel": 2}),
-        (3, {"context_parallel": 3}),
-        (4, {"context_parallel": 2}),
-        (4, {"context_parallel": 2, "shard": "fsdp", "activation_checkpointing": "full"}),
+LAYOUTS: dict[int, list[dict[str, Any]]] = {
+    2: [{}, {"shard": "fsdp"}, {"context_parallel": 2}],
+    3: [{}, {"shard": "fsdp"}, {"context_parallel": 3}],
+    4: [
+        {},
+        {"shard": "fsdp"},
+        {"shard": "hsdp"},
+        {"context_parallel": 2},
+        {"context_parallel": 2, "shard": "fsdp", "activation_checkpointing": "full"},
     ],
-    ids=str,
-)
-def test_losses_do_not_depend_on_the_ranks(latents: Path, alone: tuple[list[float], float], size: int, fields: dict[str, Any]) -> None:
-    for losses, weights in on_ranks(size, train, latents, fields, None):
-        assert losses == pytest.approx(alone[0], abs=1e-5)
-        assert weights == pytest.approx(alone[1], rel=1e-5)
+}
+
+
+def train_in_turn(ranks: Ranks, root: Path, layouts: list[dict[str, Any]]) -> list[tuple[list[float], float]]:
+    return [train(ranks, root, fields, None) for fields in layouts]
+
+
+@pytest.mark.parametrize("size", LAYOUTS)
+def test_losses_do_not_depend_on_the_ranks(latents: Path, alone: tuple[list[float], float], size: int) -> None:
+    for results in on_ranks(size, train_in_turn, latents, LAYOUTS[size]):
+        for fields, (losses, weights) in zip(LAYOUTS[size], results, strict=True):
+            assert losses == pytest.approx(alone[0], abs=1e-5), fields
+            assert weights == pytest.approx(alone[1], rel=1e-5), fields
 
 
 @pytest.mark.parametrize(
