@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
+import time
 import uuid
 from pathlib import Path
 
@@ -52,6 +54,7 @@ memstore device bytes = 2147483648
 rgw frontends = beast endpoint=127.0.0.1:{gateway}
 rgw data = {folder}
 rgw thread pool size = 32
+rgw bucket quota ttl = 0
 """
 
 
@@ -77,6 +80,16 @@ class Rgw:
         self._run("radosgw-admin", "user", "create", f"--uid={user}", f"--display-name={user}", "--access-key", user, "--secret-key", user)
         self._run("radosgw-admin", "quota", "set", "--quota-scope=bucket", f"--uid={user}", f"--max-size={max_bytes}")
         self._run("radosgw-admin", "quota", "enable", "--quota-scope=bucket", f"--uid={user}")
+
+    def wait_until_counted(self, bucket: str, num_bytes: int) -> None:
+        """Until the bucket's statistics, which the gateway keeps up to date in the background, hold what has been stored."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            usage = json.loads(self._run("radosgw-admin", "bucket", "stats", f"--bucket={bucket}"))["usage"]
+            if usage.get("rgw.main", {}).get("size", 0) >= num_bytes:
+                return
+            time.sleep(0.2)
+        pytest.fail(f"bucket {bucket}: its statistics do not say {num_bytes} bytes after {START_SECONDS} s")
 
     def signal(self, number: signal.Signals) -> None:
         self._started[-1].signal(number)

@@ -103,11 +103,15 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def check_full_disk(store: Storage, source: Path, tmp_path: Path) -> None:
-    """There is room for one upload and not for the other: that one fails, and what stood there stays."""
+def check_full_disk(store: Storage, source: Path, tmp_path: Path, *, counted: Callable[[], None] = lambda: None) -> None:
+    """There is room for one upload and not for the other: that one fails, and what stood there stays.
+
+    `counted` waits until the store knows how much it holds.
+    """
     part = tmp_path / "part"
     part.write_bytes(CONTENT[: 11 * MiB])
     first = store.upload("first", part)
+    counted()
     for write in (lambda: store.upload("second", source), lambda: store.put("second", CONTENT[: 14 * MiB])):
         with within(10), pytest.raises(StorageError, match=f"^{store.uri}/second: "):
             write()
@@ -137,7 +141,8 @@ def test_no_room_left_in_ceph_loses_nothing(rgw: Rgw, source: Path, tmp_path: Pa
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "limited")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "limited")
     boto3.client("s3", endpoint_url=rgw.endpoint, region_name="us-east-1").create_bucket(Bucket="limited")
-    check_full_disk(open_at("s3://limited/x", rgw.endpoint), source, tmp_path)
+    store = open_at("s3://limited/x", rgw.endpoint)
+    check_full_disk(store, source, tmp_path, counted=lambda: rgw.wait_until_counted("limited", 11 * MiB))
 
 
 def after_two_parts(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
