@@ -45,10 +45,14 @@ class Darkroom:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two workers (--dist loadgroup) one does all that needs the run of smoke, the other all that faces servers."""
+    """Of two workers (--dist loadgroup) one does all that needs the run of smoke, the other all that faces servers.
+
+    What several ranks do together is done by the one that is free first.
+    """
     for item in items:
         needs_smoke = "darkroom" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("smoke" if needs_smoke else "servers"))
+        others = "ranks" if item.path.name == "test_training_ranks.py" else "servers"
+        item.add_marker(pytest.mark.xdist_group("smoke" if needs_smoke else others))
 
 
 @pytest.fixture
