@@ -7,6 +7,7 @@ used. Resumes from its newest checkpoint on any number of ranks: every draw is k
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping
@@ -126,12 +127,13 @@ def run(context: StepContext) -> dict[str, Any]:
                 waited = loader.waited_seconds / (time.monotonic() - began)
                 context.log({"train/loss": point["loss"], "train/grad_norm": point["grad_norm"], "data/wait_share": waited}, step=done)
             stopped = done < stage.steps and stop.agreed(ranks)
-            due = done % recipe.checkpoint_every_steps == 0 and guard.calm
-            if stopped or ((due or verdict == "roll back") and done < stage.steps):
+            due = stopped or done % recipe.checkpoint_every_steps == 0 or verdict == "roll back"
+            if due and guard.calm and done < stage.steps:
                 save(done)
             if stopped:
                 context.checkpoints.wait()
-                raise Stopped(f"told to stop after step {done}, which is saved; the same command goes on from there")
+                saved = "which is saved" if guard.calm else "among bad ones, which is not saved"
+                raise Stopped(f"told to stop after step {done}, {saved}; the same command goes on from the newest checkpoint")
             context.show(done, stage.steps, f"loss {curves.last:.4f}" if curves.points else "")
     seconds = time.monotonic() - began
 
@@ -222,7 +224,7 @@ def resume(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], ledger: 
 
 def roll_back(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], curves: Curves, guard: StepGuard) -> None:
     """Gives weights, averages and moments back what the newest checkpoint holds; curves, ledger and data go on."""
-    drawn = curves.state_dict()
+    drawn = copy.deepcopy(curves.state_dict())  # restoring writes into the tensors that are there
     if checkpoints.restore(parts) is None:
         raise TrainingDiverged(f"there is no checkpoint to go back to yet; {guard.report()}")
     curves.load_state_dict(drawn)

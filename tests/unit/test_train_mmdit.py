@@ -18,13 +18,15 @@ from model_core.data.latents import PROMPTS, TRAIN, Bucket, LatentRow, LatentWri
 from model_core.documents import UserError
 from model_core.models.condition import save_encoder
 from model_core.progress import Progress
-from model_core.recipe import parse_recipe
+from model_core.recipe import Guard, parse_recipe
 from model_core.site import parse_site
-from model_core.steps.train_mmdit import run
+from model_core.steps.train_mmdit import roll_back, run
 from model_core.storage import open_storage
 from model_core.tracking.spool import open_tracker
 from model_core.training.checkpoint import CheckpointStore
-from model_core.training.guard import TrainingDiverged
+from model_core.training.curves import Curves
+from model_core.training.guard import StepGuard, TrainingDiverged
+from model_core.training.stopping import Stopped, Stopping
 from tests.latent_sets import CHANNELS, MODEL, sample_id
 from tests.tiny_encoders import PROMPTS as TEXTS
 from tests.tiny_encoders import encoder
@@ -136,6 +138,28 @@ def test_bad_batches_in_a_row_lead_back_to_a_checkpoint_and_the_data_go_on(
     assert [step["count"] for step in ledger["steps"]] == [4] * 24
     weights = load_file(tmp_path / "output/mmdit/model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_a_rollback_gives_back_weights_and_leaves_what_the_curves_have_counted(tmp_path: Path) -> None:
+    store = CheckpointStore(open_storage(tmp_path.as_uri()), "x", say=print, scratch=tmp_path / "scratch")
+    model, curves, guard = torch.nn.Linear(2, 2), Curves("loss"), StepGuard(Guard())
+    parts: dict[str, Any] = {"model": model, "curves": curves}
+    curves.add(torch.tensor(1.0))
+    kept = model.weight.detach().clone()
+    store.save(1, parts, notes={})
+    curves.add(torch.tensor(3.0))
+    torch.nn.init.zeros_(model.weight)
+    roll_back(store, parts, curves, guard)
+    assert torch.equal(model.weight, kept)
+    assert curves.close(2) == {"step": 2, "loss": 2.0}
+
+
+def test_told_to_stop_among_bad_steps_nothing_is_saved(context_of: Callable[..., StepContext], monkeypatch: pytest.MonkeyPatch) -> None:
+    context = context_of(planted=dict.fromkeys(range(40), float("nan")), guard=GUARD | {"patience": 9})
+    monkeypatch.setattr(Stopping, "agreed", lambda self, ranks: True)
+    with pytest.raises(Stopped, match="told to stop after step 1, among bad ones, which is not saved"):
+        run(context)
+    assert list(context.checkpoints._storage.list("checkpoints/")) == []
 
 
 def test_divergence_before_the_first_checkpoint_says_so(context_of: Callable[..., StepContext]) -> None:
