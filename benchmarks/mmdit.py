@@ -16,10 +16,11 @@ import torch
 from diffusers import QwenImage21Transformer2DModel
 from torch import Tensor
 
+from benchmarks.against_diffusers import say_against_diffusers
 from benchmarks.machine import machine
-from benchmarks.vae import alternated
 from model_core.models.mmdit_diffusers import from_diffusers
-from model_core.models.stream import num_tokens, pack
+from model_core.models.segments import num_tokens
+from model_core.models.stream import pack
 
 CHANNELS, TEXT_DIM = 64, 256
 
@@ -62,23 +63,19 @@ def compare(size: str, *, heads: int, axes: tuple[int, int, int], side: int, num
             parameter.grad = None
 
     our_parameters, their_parameters = list(ours.parameters()), list(theirs.parameters())
-    own, other, ratio = alternated(lambda: step(our_velocity(), our_parameters), lambda: step(their_velocity(), their_parameters))
-    figures = {
-        "measurement": "forward and backward against diffusers",
-        "size": size,
-        "width": heads * sum(axes),
-        "layers": 4,
-        "samples": batch,
-        "text_tokens": num_text,
-        "target_tokens": num_tokens(grid),
-        "condition_images": num_conditions,
-        "milliseconds": round(own * 1e3, 1),
-        "diffusers_milliseconds": round(other * 1e3, 1),
-        "ratio": round(ratio, 3),
-        "goal": 1.0,
-        "largest_difference": (our_velocity() - their_velocity()).abs().max().item(),
-    }
-    print(json.dumps(figures), flush=True)
+    say_against_diffusers(
+        "forward and backward",
+        lambda: step(our_velocity(), our_parameters),
+        lambda: step(their_velocity(), their_parameters),
+        (our_velocity, their_velocity),
+        size=size,
+        width=heads * sum(axes),
+        layers=4,
+        samples=batch,
+        text_tokens=num_text,
+        target_tokens=num_tokens(grid),
+        condition_images=num_conditions,
+    )
 
 
 def main() -> None:

@@ -9,36 +9,15 @@ changes with each round. Figures are medians over rounds, and a ratio above one 
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKLQwenImage21
 
+from benchmarks.against_diffusers import say_against_diffusers
 from benchmarks.machine import machine
 from model_core.models.vae_diffusers import from_diffusers
 
-ROUNDS = 7
 MULTIPLIERS = [1, 2, 4, 8, 8]
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def alternated(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[float, float, float]:
-    """Median seconds of both, and the median of theirs / ours a round; who goes first changes with each round."""
-    pairs = []
-    for number in range(ROUNDS + 1):
-        first, second = (ours, theirs) if number % 2 else (theirs, ours)
-        one, other = seconds(first), seconds(second)
-        pairs.append((one, other) if number % 2 else (other, one))
-    pairs = pairs[1:]  # the first round warms up
-    return statistics.median(o for o, _ in pairs), statistics.median(t for _, t in pairs), statistics.median(t / o for o, t in pairs)
 
 
 @torch.inference_mode()
@@ -54,20 +33,8 @@ def compare(size: str, widths: tuple[int, int], *, batch: int, side_px: int) -> 
         "encode": (lambda: ours.encode(images), lambda: theirs.encode(their_images).latent_dist.mode()[:, :, 0]),
         "decode": (lambda: ours.decode(latents).clamp(-1, 1), lambda: theirs.decode(their_latents).sample[:, :, 0]),
     }
-    for what, (our_work, their_work) in works.items():
-        own, other, ratio = alternated(our_work, their_work)
-        figures = {
-            "measurement": f"{what} against diffusers",
-            "size": size,
-            "pictures": batch,
-            "px": side_px,
-            "milliseconds": round(own * 1e3, 1),
-            "diffusers_milliseconds": round(other * 1e3, 1),
-            "ratio": round(ratio, 2),
-            "goal": 1.0,
-            "largest_difference": (our_work() - their_work()).abs().max().item(),
-        }
-        print(json.dumps(figures), flush=True)
+    for what, pair in works.items():
+        say_against_diffusers(what, *pair, pair, size=size, pictures=batch, px=side_px)
 
 
 def main() -> None:

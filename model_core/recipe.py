@@ -21,6 +21,7 @@ from model_core.recipe_data import (
     Data,
     Edits,
     Kind,
+    LatentPixels,
     NonNegative,
     PositiveFloat,
     Scenes,
@@ -73,7 +74,7 @@ class Thresholds(Section):
 class Stage(Section):
     """One entry of the curriculum (R1 Table 2 and Fig. 6)."""
 
-    resolution_px: Count = 256  # pixel budget is its square
+    resolution_px: LatentPixels = 256  # pixel budget is its square
     kinds: list[Kind] = Field(["image", "text_image", "edit"], min_length=1)
     filter: Thresholds = Thresholds()
     edit_share: Share = 0.1  # TI2I share of the samples: 0.1 (pre-training), 0.3 (after)
@@ -83,13 +84,6 @@ class Stage(Section):
     lr: PositiveFloat = 1e-4  # 1e-4, 2e-5, 1e-5
     warmup_steps: NonNegative = 100  # ours
     cache_states: bool = False  # text states stored beside latents: 8 KiB a token of 4096 channels, which pays at 256 px only (ours)
-
-    @field_validator("resolution_px")
-    @classmethod
-    def _whole_latents(cls, value: int) -> int:
-        if value % CompressionRatio:
-            raise ValueError(f"found {value}; allowed are multiples of {CompressionRatio}")
-        return value
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Stage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 CompressionRatio = 16  # pixels a latent side; R1 section 3.1 (f16)
 
@@ -15,6 +15,15 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def _whole_latents(value: int) -> int:
+    if value % CompressionRatio:
+        raise ValueError(f"found {value}; allowed are multiples of {CompressionRatio}")
+    return value
+
+
+LatentPixels = Annotated[Count, AfterValidator(_whole_latents)]  # a side in pixels that holds whole latents
 
 
 class Section(BaseModel):

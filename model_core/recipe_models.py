@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from model_core.recipe_data import CompressionRatio, Count, NonNegative, PositiveFloat, Section
+from model_core.recipe_data import CompressionRatio, Count, LatentPixels, NonNegative, PositiveFloat, Section
 
 
 class Encoder(Section):
@@ -78,7 +78,7 @@ class VAE(Section):
 
     path: str | None = None  # folder of an earlier VAE, this project's or diffusers', to start from; `model` is not read then
     model: VAEModel = VAEModel()
-    crop_px: Count = 64  # side of the training crop
+    crop_px: LatentPixels = 64  # side of the training crop
     steps: NonNegative = 1200  # 0: the VAE at `path` as it is, with the latents' statistics that came with it
     batch_size: Count = 8
     lr: PositiveFloat = 2e-3  # ours
@@ -105,13 +105,6 @@ class VAE(Section):
     def _untrained_needs_a_path(cls, value: int, info: ValidationInfo) -> int:
         if value == 0 and info.data.get("path") is None:
             raise ValueError("found 0; allowed without a vae.path is 1 or more")
-        return value
-
-    @field_validator("crop_px")
-    @classmethod
-    def _crop_fits(cls, value: int) -> int:
-        if value % CompressionRatio:
-            raise ValueError(f"found {value}; allowed are multiples of {CompressionRatio}")
         return value
 
     @model_validator(mode="after")

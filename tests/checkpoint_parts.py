@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from model_core.storage import Stat, Storage, StorageError, Unfinished
+from model_core.training.checkpoint import CheckpointStore
+
+PREFIX = "train_vae/0/checkpoints"
 
 
 class Part:
@@ -86,3 +89,24 @@ class RemoteStorage:
 
     def local_path(self, path: str) -> Path | None:
         return None
+
+
+def save(store: CheckpointStore, step: int, **options: Any) -> None:
+    store.save(step, weights(float(step), **options), notes={"seen": step})
+    store.wait()
+
+
+def restored(store: CheckpointStore) -> tuple[int, float] | None:
+    """(step, what its state says) of the checkpoint that a fresh process would take up."""
+    parts = weights(-1.0)
+    found = store.restore(parts)
+    return None if found is None else (found.step, value_of(parts))
+
+
+def folder(tmp_path: Path, step: int) -> Path:
+    return tmp_path / "store" / PREFIX / f"step-{step:08d}"
+
+
+def files(tmp_path: Path) -> list[str]:
+    """Folders of checkpoints that hold anything."""
+    return sorted({path.relative_to(tmp_path / "store" / PREFIX).parts[0] for path in (tmp_path / "store" / PREFIX).rglob("*.*")})

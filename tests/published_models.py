@@ -32,18 +32,20 @@ MMDIT = {
     "attention": "block_causal",
     "condition_at_t0": True,
 }
-VAE = {
-    "latent_channels": 4,
-    "encoder_widths": [4, 8, 8, 16, 16],
-    "decoder_widths": [16, 16, 8, 8, 4],
-    "encoder_blocks": 1,
-    "decoder_blocks": 2,
+PUBLIC_VAE = {
     "shortcut": "local",
     "pixel_channels": 4,
     "mixers": False,
     "post_quant_conv": True,
     "temporal_folds": [False, True, True, True],
     "norm_eps": 1e-24,
+}
+VAE = PUBLIC_VAE | {
+    "latent_channels": 4,
+    "encoder_widths": [4, 8, 8, 16, 16],
+    "decoder_widths": [16, 16, 8, 8, 4],
+    "encoder_blocks": 1,
+    "decoder_blocks": 2,
 }
 
 

@@ -16,24 +16,9 @@ from model_core.documents import UserError
 from model_core.models.vae import ResidualVAE
 from model_core.models.vae_diffusers import from_diffusers, is_diffusers, read_diffusers, to_diffusers, write_diffusers
 from model_core.recipe import VAEModel
+from tests.published_models import PUBLIC_VAE, VAE
 
 diffusers = pytest.importorskip("diffusers")
-
-PUBLIC = {
-    "shortcut": "local",
-    "pixel_channels": 4,
-    "mixers": False,
-    "post_quant_conv": True,
-    "temporal_folds": [False, True, True, True],
-    "norm_eps": 1e-24,
-}
-TINY = PUBLIC | {
-    "latent_channels": 4,
-    "encoder_widths": [4, 8, 8, 16, 16],
-    "decoder_widths": [16, 16, 8, 8, 4],
-    "encoder_blocks": 1,
-    "decoder_blocks": 2,
-}
 
 
 def random_settings(seed: int) -> dict[str, Any]:
@@ -129,7 +114,7 @@ def with_gradients_as_weights(vae: ResidualVAE) -> ResidualVAE:
 
 def drawn(**fields: object) -> ResidualVAE:
     torch.manual_seed(0)
-    vae = ResidualVAE(VAEModel.model_validate(TINY | fields))
+    vae = ResidualVAE(VAEModel.model_validate(VAE | fields))
     for value in vae.state_dict().values():
         value.copy_(torch.rand(value.shape) + 0.5)
     return vae
@@ -190,7 +175,7 @@ def test_weights_in_shards_are_read_whole(tmp_path: Path) -> None:
 
 def test_the_public_configuration_has_their_parameters_but_for_the_idle_ones() -> None:
     with torch.device("meta"):
-        theirs, ours = diffusers.AutoencoderKLQwenImage21(), ResidualVAE(VAEModel.model_validate(PUBLIC))
+        theirs, ours = diffusers.AutoencoderKLQwenImage21(), ResidualVAE(VAEModel.model_validate(PUBLIC_VAE))
     sizes = {name: value.numel() for name, value in theirs.named_parameters()}
     idle = sum(size for name, size in sizes.items() if "time_conv" in name or name.startswith("quant_conv."))
     idle += sum(size for name, size in sizes.items() if name.startswith("encoder.conv_out.")) // 2
@@ -212,7 +197,7 @@ def test_the_public_configuration_has_their_parameters_but_for_the_idle_ones() -
 )
 def test_a_model_that_they_cannot_represent_is_refused(fields: dict[str, Any], words: str) -> None:
     with torch.device("meta"):
-        vae = ResidualVAE(VAEModel.model_validate(TINY | fields))
+        vae = ResidualVAE(VAEModel.model_validate(VAE | fields))
     with pytest.raises(UserError, match=words):
         to_diffusers(vae)
 
