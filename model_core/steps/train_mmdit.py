@@ -71,9 +71,9 @@ def run(context: StepContext) -> dict[str, Any]:
         empty,
     )
     profile = context.site.launch.profile("train_mmdit")
-    layout = lay_out(ranks, context_parallel=profile.context_parallel)
     model = _initial_model(context, latent_channels=channels, text_dim=text_dim).to(device)
-    check_layout(model, profile)
+    check_layout(model.config, profile, ranks)
+    layout = lay_out(ranks, context_parallel=profile.context_parallel)
     if recipe.precision == "float8":
         check_float8(model, device)
     loader = Loader(groups, plan, draws, model.config, recipe.micro_batch_tokens, layout.data, workers=context.loader_workers)

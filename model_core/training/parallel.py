@@ -15,6 +15,7 @@ from model_core.documents import UserError
 from model_core.models.attention import attend
 from model_core.models.mmdit import Attend, MMDiT
 from model_core.models.stream import Stream
+from model_core.recipe import MMDiTModel
 from model_core.site import LaunchProfile
 from model_core.training.activation_checkpointing import checkpoint_activations
 from model_core.training.distributed import ALONE, Ranks
@@ -59,13 +60,13 @@ def lay_out(ranks: Ranks, *, context_parallel: int) -> Layout:
     return Layout(ranks, *(Ranks(mesh.get_local_rank(name), mesh[name].size(), group=mesh.get_group(name)) for name in ("data", "context")))
 
 
-def check_layout(model: MMDiT, profile: LaunchProfile) -> None:
-    """Raises UserError where the model's heads cannot be dealt out to the context ranks."""
-    if model.config.num_heads % profile.context_parallel:
-        raise UserError(
-            f"launch.steps.train_mmdit.context_parallel: found {profile.context_parallel}; "
-            f"allowed are divisors of the model's {model.config.num_heads} heads"
-        )
+def check_layout(config: MMDiTModel, profile: LaunchProfile, ranks: Ranks) -> None:
+    """Raises UserError where the ranks or the model's heads cannot be dealt out to groups of `context_parallel`."""
+    for what, number in (("ranks that were started", ranks.size), ("heads of the model", config.num_heads)):
+        if number % profile.context_parallel:
+            raise UserError(
+                f"launch.steps.train_mmdit.context_parallel: found {profile.context_parallel}; allowed are divisors of the {number} {what}"
+            )
 
 
 def compile_blocks(model: MMDiT, **options: Any) -> None:

@@ -19,13 +19,15 @@ from model_core.documents import UserError
 from model_core.models.condition import save_encoder
 from model_core.progress import Progress
 from model_core.recipe import Guard, parse_recipe
-from model_core.site import parse_site
+from model_core.site import LaunchProfile, parse_site
 from model_core.steps.train_mmdit import roll_back, run
 from model_core.storage import open_storage
 from model_core.tracking.spool import open_tracker
 from model_core.training.checkpoint import CheckpointStore
 from model_core.training.curves import Curves
+from model_core.training.distributed import Ranks
 from model_core.training.guard import StepGuard, TrainingDiverged
+from model_core.training.parallel import check_layout
 from model_core.training.stopping import Stopped, Stopping
 from tests.latent_sets import CHANNELS, MODEL, sample_id
 from tests.tiny_encoders import PROMPTS as TEXTS
@@ -176,5 +178,7 @@ def test_a_learning_rate_that_diverges_ends_with_a_report(context_of: Callable[.
 def test_bfloat16_without_a_gpu_and_heads_that_do_not_divide_are_refused(context_of: Callable[..., StepContext]) -> None:
     with pytest.raises(UserError, match=r"mmdit\.precision: found bf16 on a machine without a GPU"):
         run(context_of(precision="bf16"))
-    with pytest.raises(UserError, match=r"context_parallel: found 3; allowed are divisors of the model's 2 heads"):
-        run(context_of(launch={"processes": 3, "context_parallel": 3}))
+    three = LaunchProfile(processes=3, context_parallel=3)
+    for size, told in ((3, "the 2 heads of the model"), (4, "the 4 ranks that were started")):
+        with pytest.raises(UserError, match=rf"context_parallel: found 3; allowed are divisors of {told}"):
+            check_layout(MODEL.model_copy(update={"num_heads": 2}), three, Ranks(0, size))
