@@ -19,7 +19,7 @@ from model_core.training.throughput import mmdit_forward_flops, training_flops
 
 
 @dataclass(frozen=True)
-class Done:
+class BatchResult:
     """What the passes of a global batch gave: its mean loss, detached; its tokens and model FLOPs."""
 
     loss: Tensor
@@ -38,7 +38,7 @@ class Passes:
     layout: Layout
     bfloat16: bool = False
 
-    def backward(self, model: MMDiT, batch: Batch) -> Done:
+    def backward(self, model: MMDiT, batch: Batch) -> BatchResult:
         """Adds up the gradients of the global batch's mean loss, over all ranks; the result is the same on every rank."""
         ranks = self.layout.ranks
         counts = torch.tensor([batch.num_elements, batch.num_tokens, self._flops(model, batch)], dtype=torch.float64)
@@ -55,7 +55,7 @@ class Passes:
             for _ in range(num_passes - len(batch.micro_batches)):
                 idle_pass(model)
         sum_gradients(model.parameters(), ranks)
-        return Done(sum_over_ranks(loss, ranks), int(num_tokens), flops)
+        return BatchResult(sum_over_ranks(loss, ranks), int(num_tokens), flops)
 
     def _flops(self, model: MMDiT, batch: Batch) -> float:
         samples = [sample for micro in batch.micro_batches for sample in micro.samples]
