@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from model_core.documents import UserError, canonical_digest, describe, override, read_document
+from model_core.recipe_alignment import DIMENSIONS, Dimension, Preferences, Reward, RewardTrunk
 from model_core.recipe_data import (
     Captions,
     CaptionType,
@@ -32,11 +33,13 @@ from model_core.recipe_data import (
 from model_core.recipe_models import VAE, Encoder, MMDiTModel, VAEModel
 
 __all__ = [
+    "DIMENSIONS",
     "VAE",
     "CaptionType",
     "Captions",
     "CompressionRatio",
     "Data",
+    "Dimension",
     "Edits",
     "Encoder",
     "Evaluation",
@@ -44,8 +47,11 @@ __all__ = [
     "Kind",
     "MMDiT",
     "MMDiTModel",
+    "Preferences",
     "Recipe",
     "Registry",
+    "Reward",
+    "RewardTrunk",
     "Sampling",
     "Scenes",
     "Stage",
@@ -182,6 +188,8 @@ class Recipe(Section):
     vae: VAE = VAE()
     mmdit: MMDiT
     sampling: Sampling = Sampling()
+    preferences: Preferences = Preferences()
+    reward: Reward = Reward()
     evaluation: Evaluation = Evaluation()
     registry: Registry = Registry()
 

@@ -128,8 +128,8 @@ def step_key(spec: StepSpec, recipe: Recipe, *, stage: str | None, inputs: Mappi
 
 def check_inputs(spec: StepSpec, *, stage: str | None, recipe: Recipe, inputs: Mapping[str, Manifest]) -> None:
     """Raises UserError when a stage or an input is missing, unknown or of the wrong kind."""
-    if spec.staged and stage not in recipe.mmdit.stages:
-        raise UserError(f"{spec.name}: found stage {stage!r}; allowed are {', '.join(recipe.stages)}")
+    if spec.staged and stage not in (allowed := spec.stages or recipe.stages):
+        raise UserError(f"{spec.name}: found stage {stage!r}; allowed are {', '.join(allowed)}")
     if not spec.staged and stage is not None:
         raise UserError(f"{spec.name}: found stage {stage!r}; this step has no stages")
     for name in spec.inputs:

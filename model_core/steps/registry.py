@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from model_core.documents import UserError
 from model_core.manifest import ManifestKind
+from model_core.recipe_alignment import DIMENSIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +15,9 @@ class StepSpec:
 
     `version` is raised when the step's result changes for the same inputs. `sections` are the dotted recipe paths that
     the step reads, `{stage}` standing for its stage: they and nothing else of the recipe enter its key. `optional`
-    inputs may be absent. `sources` says that the step's key also depends on what the recipe's data sources hold now, `parallel`
-    that several processes may do it together.
+    inputs may be absent. A `staged` step is repeated: for each stage of the curriculum, or for the `stages` named here.
+    `sources` says that the step's key also depends on what the recipe's data sources hold now, `parallel` that several
+    processes may do it together.
     """
 
     name: str
@@ -25,6 +27,7 @@ class StepSpec:
     kind: ManifestKind
     optional: tuple[str, ...] = ()
     staged: bool = False
+    stages: tuple[str, ...] = ()
     sources: bool = False
     parallel: bool = False
 
@@ -94,6 +97,23 @@ STEPS: dict[str, StepSpec] = {
             kind="model",
             staged=True,
             parallel=True,
+        ),
+        StepSpec(
+            name="build_preferences",
+            version=1,
+            sections=("seed", "preferences", "sampling", "data.scenes", "mmdit.stages"),
+            inputs=("images", "edits", "captions", "vae", "encoder", "model"),
+            optional=("earlier",),
+            kind="dataset",
+        ),
+        StepSpec(
+            name="train_reward",
+            version=1,
+            sections=("seed", "reward"),
+            inputs=("preferences",),
+            kind="model",
+            staged=True,
+            stages=DIMENSIONS,
         ),
         StepSpec(
             name="evaluate_model",

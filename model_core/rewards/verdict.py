@@ -1,0 +1,62 @@
+"""What a reward says of a picture: a value, or invalid and why. A number never stands for something that could not be scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Value:
+    """A finite score; greater is better. `uncertainty` is a standard deviation in the same unit, 0 where it is not estimated."""
+
+    value: float
+    uncertainty: float = 0.0
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """The reward does not apply to the picture, or could not be computed; it is left out of all sums."""
+
+    reason: str
+
+
+Score = Value | Invalid
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """One picture to score.
+
+    `key` is the same whenever the same picture is asked about, so that an answer may be given twice. `category` is that of the
+    prompt (portrait, scene, text, edit, ..); `sources` are an edit's condition images; `notes` are what is known of the prompt
+    (the shards' annotation: scene, operation, change, target).
+    """
+
+    key: str
+    prompt: str
+    image: Image.Image
+    category: str = ""
+    sources: Sequence[Image.Image] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Scorer(Protocol):
+    """Scores pictures by one or more rewards."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards that it gives."""
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[dict[str, Score]]:
+        """One mapping a request, in order, with every one of `names` in it.
+
+        Raises RewardUnavailable where no scores can be had now: never a score in their place.
+        """
+
+
+class RewardUnavailable(RuntimeError):
+    """The rewards cannot be had: a service that is down or too slow, after all retries."""
