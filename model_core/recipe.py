@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from model_core.documents import UserError, canonical_digest, describe, override, read_document
-from model_core.recipe_alignment import DIMENSIONS, Dimension, Preferences, Reward, RewardTrunk
+from model_core.recipe_alignment import DIMENSIONS, GRPO, SDE, Dimension, GuidanceMode, Preferences, Reward, RewardPhase, RewardTrunk
 from model_core.recipe_data import (
     Captions,
     CaptionType,
@@ -34,6 +34,8 @@ from model_core.recipe_models import VAE, Encoder, MMDiTModel, VAEModel
 
 __all__ = [
     "DIMENSIONS",
+    "GRPO",
+    "SDE",
     "VAE",
     "CaptionType",
     "Captions",
@@ -44,6 +46,7 @@ __all__ = [
     "Encoder",
     "Evaluation",
     "Guard",
+    "GuidanceMode",
     "Kind",
     "MMDiT",
     "MMDiTModel",
@@ -51,6 +54,7 @@ __all__ = [
     "Recipe",
     "Registry",
     "Reward",
+    "RewardPhase",
     "RewardTrunk",
     "Sampling",
     "Scenes",
@@ -190,6 +194,7 @@ class Recipe(Section):
     sampling: Sampling = Sampling()
     preferences: Preferences = Preferences()
     reward: Reward = Reward()
+    grpo: GRPO = GRPO()
     evaluation: Evaluation = Evaluation()
     registry: Registry = Registry()
 

@@ -5,9 +5,10 @@ Sources in the comments are those of `model_core.recipe`, which is the whole; "R
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from model_core.recipe_data import Count, NonNegative, PositiveFloat, Section, Share
 
@@ -63,3 +64,85 @@ class Reward(Section):
         if self.pointwise_weight == self.pairwise_weight == 0:
             raise ValueError("pointwise_weight and pairwise_weight are both 0; allowed is at least one above 0")
         return self
+
+
+SDE = Literal["flow_sde", "dance_sde", "cps"]
+
+
+class GuidanceMode(StrEnum):
+    """What guidance a policy's objective sees, when pictures are drawn with it.
+
+    `conditional` is the hybrid of R1 4.2: guided in the rollout, and without the unconditional branch in the objective.
+    """
+
+    FULL = "full"  # u + w (c - u), gradients through both branches
+    DETACH = "detach_unconditional"  # the same value, u a constant
+    CONDITIONAL = "conditional"  # c alone
+    NONE = "none"  # no guidance in the rollout either
+
+
+class RewardPhase(Section):
+    """What is rewarded from an update on: weights by prompt category, `default` for those not named, and the mix of prompts."""
+
+    from_update: NonNegative = 0
+    weights: dict[str, dict[str, NonNegativeFloat]] = Field(
+        {
+            "default": {"alignment": 1.0, "aesthetics": 1.0},
+            "portrait": {"alignment": 1.0, "aesthetics": 1.0, "portrait": 1.0},
+            "edit": {"instruction_following": 1.0, "visual_consistency": 1.0},
+        }
+    )
+    edit_share: Share = 0.3  # of the prompts; R1 4.2 adjusts weights and mix while training
+
+    @field_validator("weights")
+    @classmethod
+    def _sums(cls, weights: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        if "default" not in weights:
+            raise ValueError(f"found categories {', '.join(weights) or 'none'}; there must be a `default`")
+        for category, rewards in weights.items():
+            if not sum(rewards.values()) > 0:
+                raise ValueError(f"found no weight above 0 for category {category!r}")
+        return weights
+
+
+class Alarms(Section):
+    """When align_grpo stops: signs of over-optimisation and of broken rewards, means over `window` updates (ours)."""
+
+    window: Annotated[int, Field(ge=2)] = 8
+    max_gold_drop: PositiveFloat = 0.5  # of the gold reward, in its own deviations within a group, while the proxy rises
+    max_high_frequency: Annotated[float, Field(gt=1.0)] = 3.0  # energy above half the Nyquist frequency, as a multiple of the beginning's
+    max_saturation: Annotated[float, Field(gt=1.0)] = 2.0  # mean colour saturation, as a multiple of the beginning's
+    min_diversity: Share = 0.3  # distance of a group's pictures from one another, as a share of the beginning's
+    max_clip_asymmetry: Share = 0.5  # share held at the lower bound less that at the upper one, or the reverse
+    max_invalid_share: Share = 0.5  # of one reward's scores
+    max_flat_groups: Share = 0.9  # share of groups in which a reward gives all pictures one value
+
+
+class GRPO(Section):
+    """align_grpo. Values that neither report tells are those of alignment.md's recommended start, or ours."""
+
+    updates: Count = 300
+    guidance_mode: GuidanceMode = GuidanceMode.CONDITIONAL  # R1 4.2; scale and norm are those of `sampling`
+    sde: SDE = "flow_sde"
+    noise_level: PositiveFloat = 0.7  # a of Flow-SDE, eta of the others
+    rollout_steps: Count = 10
+    window_steps: Count = 2  # stochastic, trained steps of a rollout; the others are the ODE's (Flow-GRPO-Fast, MixGRPO)
+    window_range: tuple[NonNegative, Count] = (0, 5)  # where a group's window may lie: high noise (R4)
+    group_size: Annotated[int, Field(ge=2)] = 16
+    prompts_per_update: Count = 32
+    updates_per_rollout: Count = 1
+    groups_a_chunk: Count = 4  # prompts that are rolled out at a time, while the chunk before is scored
+    micro_batch: Count = 64  # transitions that go through the model at a time in an update
+    ratio: Literal["guard", "ppo", "dppo"] = "guard"
+    clip: PositiveFloat = 2e-6  # half width of the ratio's range; of dppo the KL from which a transition may not drift on
+    kl_weight: NonNegativeFloat = 0.0  # of the KL to the model before
+    lora_rank: Count | None = None  # None: all parameters are trained (R4)
+    lora_alpha: PositiveFloat = 64.0
+    lr: PositiveFloat = 1e-5
+    warmup_updates: NonNegative = 0
+    weight_decay: NonNegativeFloat = 1e-4
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    grad_clip: PositiveFloat = 1.0
+    ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    std_floor: PositiveFloat = 1e-3  # of a reward within a group: a smaller spread is treated as that
+    min_range: NonNegativeFloat = 0.0  # greatest less least total in a group below which its prompt is left out (R4)
