@@ -20,7 +20,7 @@ Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B, N, C), t (B,)) to (B, N,
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions of B samples: `text` states (L, dim) of each, `segments` of its stream, clean latents of its sources in `images` (B, I, C)."""
+    """Of B samples: `text` states (L, dim) and stream `segments` of each; clean latents of their sources, `images` (B, I, C)."""
 
     text: Sequence[Tensor]
     segments: Sequence[Sample]
@@ -49,7 +49,8 @@ def encode_conditions(
 ) -> Conditions:
     """Conditions of B prompts for pictures of `shape` in latents.
 
-    `references`: one (P, 3, H, W) tensor a condition image, B a multiple of P. The prompts may be several rounds over the P samples: with guidance, each prompt, then the empty one for each.
+    `references`: one (P, 3, H, W) tensor a condition image, B a multiple of P. The prompts may be several
+    rounds over the P samples: with guidance, each prompt, then the empty one for each.
     """
     seen = [[images[row % len(images)] for images in references] for row in range(len(prompts))] if encoder.sees_images else None
     encoded = encoder.encode_packed(prompts, seen)

@@ -17,7 +17,7 @@ from model_core.models.mmdit import MMDiT
 from model_core.objectives.grpo import Replay, Surrogate, dppo_loss, gaussian_kl, guarded_log_ratio, log_ratio, ppo_loss
 from model_core.objectives.guidance import objective_velocity
 from model_core.recipe import GRPO, GuidanceMode, Sampling
-from model_core.sampling.conditions import Conditions, velocity
+from model_core.sampling.conditions import velocity
 from model_core.sampling.sde import transition
 from model_core.training.distributed import Ranks, sum_gradients, sum_over_ranks
 from model_core.training.rollouts import Chunk
@@ -60,11 +60,10 @@ class Learner:
         num_transitions = num_kept * self.config.window_steps
         for number, chunk in enumerate(chunks):
             places = torch.tensor(chunk.places)
-            chunk_kept, chunk_advantages = kept[places].flatten(), advantages[places].flatten()
-            for part, rows in enumerate(self._micro_batches(chunk, chunk_kept)):
-                sums += self._backward(
-                    chunk, rows, chunk_advantages[rows // self.config.window_steps], old, (number, part), num_transitions
-                )
+            per_sample = advantages[places].flatten()
+            for part, rows in enumerate(self._micro_batches(kept[places].flatten())):
+                weights = per_sample[rows // self.config.window_steps]
+                sums += self._backward(chunk, rows, weights, old, (number, part), num_transitions)
         sum_gradients(self.model.parameters(), ranks)
         means = sum_over_ranks(sums, ranks) / max(num_transitions, 1)
         return dict(zip(MEASURED, means.tolist(), strict=True))
@@ -72,28 +71,20 @@ class Learner:
     def replay(self, model: MMDiT, chunk: Chunk, samples: Tensor, slots: Tensor) -> Replay:
         """What the model's transitions are at states of a rollout: those of `samples` (R,) at window steps `slots` (R,)."""
         config, trajectories = self.config, chunk.trajectories
+        mode = GuidanceMode.NONE if chunk.unconditional is None else config.guidance_mode
         x, t, following = (value[samples, slots] for value in (trajectories.states, trajectories.t, trajectories.following))
         rows = samples.tolist()
         conditional = velocity(model, chunk.conditions.rows(rows))(x, t)
-        unconditional = self._unconditional(model, chunk.unconditional, rows, x, t)
-        objective = objective_velocity(
-            config.guidance_mode,
-            conditional,
-            unconditional,
-            scale=self.sampling.guidance_scale,
-            rescale_norm=self.sampling.rescale_norm,
-        )
+        unconditional = None
+        if chunk.unconditional is not None and mode in (GuidanceMode.FULL, GuidanceMode.DETACH):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and mode == GuidanceMode.FULL):
+                unconditional = velocity(model, chunk.unconditional.rows(rows))(x, t)
+        scale, rescale_norm = self.sampling.guidance_scale, self.sampling.rescale_norm
+        objective = objective_velocity(mode, conditional, unconditional, scale=scale, rescale_norm=rescale_norm)
         drawn = transition(config.sde, x, objective, t=t, following=following, noise_level=config.noise_level)
-        return Replay(drawn.mean, drawn.std, config.guidance_mode)
+        return Replay(drawn.mean, drawn.std, mode)
 
-    def _unconditional(self, model: MMDiT, conditions: Conditions | None, rows: list[int], x: Tensor, t: Tensor) -> Tensor | None:
-        mode = self.config.guidance_mode
-        if conditions is None or mode in (GuidanceMode.CONDITIONAL, GuidanceMode.NONE):
-            return None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and mode == GuidanceMode.FULL):
-            return velocity(model, conditions.rows(rows))(x, t)
-
-    def _micro_batches(self, chunk: Chunk, kept: Tensor) -> Iterator[Tensor]:
+    def _micro_batches(self, kept: Tensor) -> Iterator[Tensor]:
         """Numbers of the transitions of kept samples, sample by sample, as many as go through the model at a time."""
         window = self.config.window_steps
         samples = kept.nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""A policy's pictures for an update: groups of samples of each prompt, rolled out in chunks, one of which is scored while the next is drawn.
+"""A policy's pictures for an update: groups of samples of each prompt, rolled out in chunks; one is scored while the next is drawn.
 
 Every draw is keyed by (seed, policy, update, prompt, sample, step): no generator has a state, and neither ranks, chunks nor a
 restart change what is drawn.
