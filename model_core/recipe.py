@@ -13,7 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from model_core.documents import UserError, canonical_digest, describe, override, read_document
-from model_core.recipe_alignment import DIMENSIONS, GRPO, SDE, Dimension, GuidanceMode, Preferences, Reward, RewardPhase, RewardTrunk
+from model_core.recipe_alignment import (
+    DIMENSIONS,
+    GRPO,
+    SDE,
+    Alarms,
+    Dimension,
+    GuidanceMode,
+    Preferences,
+    Reward,
+    RewardPhase,
+    RewardTrunk,
+)
 from model_core.recipe_data import (
     Captions,
     CaptionType,
@@ -37,6 +48,7 @@ __all__ = [
     "GRPO",
     "SDE",
     "VAE",
+    "Alarms",
     "CaptionType",
     "Captions",
     "CompressionRatio",

@@ -109,6 +109,7 @@ class Alarms(Section):
     """When align_grpo stops: signs of over-optimisation and of broken rewards, means over `window` updates (ours)."""
 
     window: Annotated[int, Field(ge=2)] = 8
+    min_agreement: Annotated[float, Field(ge=-1.0, le=1.0)] = -0.1  # correlation of gold and trained reward within groups
     max_gold_drop: PositiveFloat = 0.5  # of the gold reward, in its own deviations within a group, while the proxy rises
     max_high_frequency: Annotated[float, Field(gt=1.0)] = 3.0  # energy above half the Nyquist frequency, as a multiple of the beginning's
     max_saturation: Annotated[float, Field(gt=1.0)] = 2.0  # mean colour saturation, as a multiple of the beginning's
@@ -145,4 +146,39 @@ class GRPO(Section):
     grad_clip: PositiveFloat = 1.0
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     std_floor: PositiveFloat = 1e-3  # of a reward within a group: a smaller spread is treated as that
+    gold: str | None = None  # a reward that is scored and watched, and never trained on
+    schedule: list[RewardPhase] = Field([RewardPhase()], min_length=1)  # R1 4.2: weights and mix are adjusted while training
+    alarms: Alarms = Alarms()
+    policies: Literal["one", "two"] = "one"  # two: images and edits apart, then merged by distillation on the student's own states (R4)
+    merge_updates: Count = 200  # of the merging; `prompts_per_update` samples each
+    num_fixed: Count = 64  # prompts and edits that are drawn before and after, with fixed seeds
+    log_every_updates: Count = 1
+    checkpoint_every_updates: Count = 10
     min_range: NonNegativeFloat = 0.0  # greatest less least total in a group below which its prompt is left out (R4)
+
+    @model_validator(mode="after")
+    def _fits(self) -> GRPO:
+        first, end = self.window_range
+        if not first + self.window_steps <= end < self.rollout_steps:
+            raise ValueError(
+                f"window_range {list(self.window_range)} must hold window_steps {self.window_steps}, and end before the last of"
+                f" {self.rollout_steps} rollout_steps"
+            )
+        begins = [phase.from_update for phase in self.schedule]
+        if begins[0] != 0 or begins != sorted(set(begins)):
+            raise ValueError(f"schedule begins at updates {begins}; allowed are rising ones from 0")
+        if self.gold is not None and any(weights.get(self.gold) for phase in self.schedule for weights in phase.weights.values()):
+            raise ValueError(f"gold {self.gold!r} is trained on by the schedule; allowed is a reward without a weight")
+        if self.clip >= 1 and self.ratio != "dppo":
+            raise ValueError(f"clip {self.clip} is no half width of a ratio's range; allowed are numbers below 1")
+        return self
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Every reward that is weighted at some time, and the gold one."""
+        trained = [name for phase in self.schedule for weights in phase.weights.values() for name, weight in weights.items() if weight]
+        return tuple(dict.fromkeys([*trained, *([self.gold] if self.gold else [])]))
+
+    def phase(self, update: int) -> RewardPhase:
+        """What is rewarded in an update."""
+        return [phase for phase in self.schedule if phase.from_update <= update][-1]
