@@ -48,7 +48,7 @@ class EditConsistency:
     def _consistency(self, request: ScoreRequest, instruction: Score) -> Score:
         if isinstance(instruction, Invalid):
             return Invalid(f"{INSTRUCTION}: {instruction.reason}")
-        outside = outside_region(request.notes, size_px=request.sources[0].size) if request.sources else None
+        outside = outside_region(request.notes, size=request.sources[0].size) if request.sources else None
         if outside is None:
             return NO_REGION
         worst, best = self._scale
@@ -64,15 +64,15 @@ def similarity(result: Image.Image, source: Image.Image, outside: np.ndarray) ->
     return float(np.exp(-np.abs(after - before).mean() / DIFFERENCE_SCALE))
 
 
-def outside_region(notes: Mapping[str, Any], *, size_px: tuple[int, int]) -> np.ndarray | None:
-    """(H, W) bool: where an edit of a plain scene leaves the picture as it is; None where the notes do not tell."""
+def outside_region(notes: Mapping[str, Any], *, size: tuple[int, int]) -> np.ndarray | None:
+    """(H, W) bool: where an edit of a plain scene leaves a picture of `size` (width, height) as it is; None where the notes do not tell."""
     change, source, target = (notes.get(name) for name in ("change", "source", "target"))
-    if not (change and source and target) or size_px[0] != size_px[1]:
+    if not (change and source and target) or size[0] != size[1]:
         return None
     scenes = scene_from_dict(source), scene_from_dict(target)
     if change["region"] not in ("shape", "text", "background") or any(scene.background not in BACKGROUNDS for scene in scenes):
         return None
-    return _outside(change["region"], *scenes, size_px[0])
+    return _outside(change["region"], *scenes, size[0])
 
 
 @lru_cache(maxsize=1024)
@@ -101,5 +101,5 @@ def _grown(mask: np.ndarray, slack: int) -> np.ndarray:
     """The mask, wider by `slack` pixels each way."""
     padded = np.pad(mask, slack, mode="edge")
     side = 2 * slack + 1
-    grown: np.ndarray = np.lib.stride_tricks.sliding_window_view(padded, (side, side)).any(axis=(2, 3))
-    return grown
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side))
+    return np.asarray(windows.any(axis=(2, 3)))

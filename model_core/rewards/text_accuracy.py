@@ -65,9 +65,14 @@ def levenshtein(first: str, second: str) -> int:
     return row[-1]
 
 
+def reader_is_installed() -> bool:
+    """Whether rapidocr-onnxruntime, of the extra `caption`, is there."""
+    return find_spec("rapidocr_onnxruntime") is not None
+
+
 def open_reader() -> Reader:
     """The text that rapidocr reads, line by line from the top. Raises UserError when it is not installed."""
-    if find_spec("rapidocr_onnxruntime") is None:
+    if not reader_is_installed():
         raise UserError(
             f"rewards: found {NAME}, but the text reader rapidocr-onnxruntime is not installed; "
             "install it with `uv pip install rapidocr-onnxruntime`, or leave the reward out"
