@@ -16,17 +16,17 @@ from types import FrameType
 from typing import NoReturn
 
 from model_core.documents import UserError
-from model_core.manifest import Manifest, parse_manifest
 from model_core.recipe import load_recipe
+from model_core.rewards.verdict import RewardUnavailable
 from model_core.run_record import check_run_name
-from model_core.site import Site, load_site
+from model_core.site import load_site
 from model_core.steps.registry import STEPS, StepSpec, step_spec
-from model_core.storage import StorageError, open_storage
+from model_core.storage import StorageError
 from model_core.task import do_task, follow_task, make_task
 from model_core.training.distributed import die_with_launcher, join_ranks
 from model_core.training.guard import TrainingDiverged
 from model_core.training.stopping import Stopped
-from model_core.workspace import check_inputs
+from model_core.workspace import check_inputs, read_input
 
 DONE, CONFIGURATION, INFRASTRUCTURE, FAILED = 0, 10, 20, 30
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         site = load_site(options.site)
         recipe = load_recipe(options.recipe)
-        inputs = dict(_input(text, site) for text in options.input)
+        inputs = dict(read_input(text, site) for text in options.input)
         spec, run = step_spec(options.step), check_run_name(options.run)
         check_inputs(spec, stage=options.stage, recipe=recipe, inputs=inputs)
         _check_processes(spec)
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{options.step}: {error}", file=sys.stderr, flush=True)
         return CONFIGURATION
-    except (StorageError, Stopped) as error:
+    except (StorageError, RewardUnavailable, Stopped) as error:
         print(f"{options.step}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return INFRASTRUCTURE
     except TrainingDiverged as error:
@@ -71,20 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return FAILED
     return DONE
-
-
-def _input(text: str, site: Site) -> tuple[str, Manifest]:
-    """NAME=PATH or NAME=URI of a manifest."""
-    name, equals, place = text.partition("=")
-    if not equals or not name or not place:
-        raise UserError(f"--input {text!r}: found no NAME=MANIFEST; an example is --input captions=/tmp/captions.json")
-    if "://" in place:
-        folder, _, file = place.rpartition("/")
-        return name, parse_manifest(open_storage(folder, site.s3).get(file), place)
-    try:
-        return name, parse_manifest(Path(place).read_bytes(), place)
-    except OSError as error:
-        raise UserError(f"--input {name}: {place} cannot be read ({error.strerror})") from error
 
 
 def _check_processes(spec: StepSpec) -> None:

@@ -34,6 +34,14 @@ class Tracking(Section):
         return uri
 
 
+class Rewards(Section):
+    """Where align_grpo has its rewards from. `uri` None scores in the step's own process."""
+
+    uri: Annotated[str, Field(pattern=r"^https?://[^/]")] | None = None  # of a reward service
+    timeout_seconds: Annotated[float, Field(gt=0.0)] = 120.0  # the longest silence of a request that the service has
+    patience_seconds: Annotated[float, Field(ge=0.0)] = 900.0  # how long a request is sent again before the step ends; 0: sent once
+
+
 class LaunchProfile(Section):
     """How a step's processes are started."""
 
@@ -44,6 +52,7 @@ class LaunchProfile(Section):
     context_parallel: Annotated[int, Field(ge=1)] = 1  # of train_mmdit: ranks that share each stream's tokens
     activation_checkpointing: Literal["none", "selective", "full"] = "none"  # of train_mmdit: what is computed again to save memory
     compile: bool = False  # of train_mmdit: blocks through torch.compile
+    reward_service: bool = False  # of align_grpo: a reward service is started beside it, on the same machine
     loader_workers: Annotated[int, Field(ge=0)] = 1  # threads a process that make batches ahead; 0 makes each when it is needed
 
     @model_validator(mode="after")
@@ -84,6 +93,7 @@ class Site(Section):
     scratch: str | None = None  # local folder for work in progress; None: beside a local workspace, else the user's cache
     s3: S3Settings = S3Settings()
     tracking: Tracking = Tracking()
+    rewards: Rewards = Rewards()
     image: str = "python:3.11"  # of every step, by digest on a cluster
     launch: Launch = Launch()
 

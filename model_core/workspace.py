@@ -126,6 +126,20 @@ def step_key(spec: StepSpec, recipe: Recipe, *, stage: str | None, inputs: Mappi
     return canonical_digest(document)[:KEY_LENGTH]
 
 
+def read_input(text: str, site: Site) -> tuple[str, Manifest]:
+    """The name and the manifest in `NAME=PATH` or `NAME=URI`. Raises UserError for another form, or a file that cannot be read."""
+    name, equals, place = text.partition("=")
+    if not equals or not name or not place:
+        raise UserError(f"--input {text!r}: found no NAME=MANIFEST; an example is --input captions=/tmp/captions.json")
+    if "://" in place:
+        folder, _, file = place.rpartition("/")
+        return name, parse_manifest(open_storage(folder, site.s3).get(file), place)
+    try:
+        return name, parse_manifest(Path(place).read_bytes(), place)
+    except OSError as error:
+        raise UserError(f"--input {name}: {place} cannot be read ({error.strerror})") from error
+
+
 def check_inputs(spec: StepSpec, *, stage: str | None, recipe: Recipe, inputs: Mapping[str, Manifest]) -> None:
     """Raises UserError when a stage or an input is missing, unknown or of the wrong kind."""
     if spec.staged and stage not in (allowed := spec.stages or recipe.stages):

@@ -9,10 +9,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 from components.launch.local import INFRASTRUCTURE, RUN_FOLDER, Outcome, run_process
+from components.launch.rewards import ServiceEnded, reward_service
 
 CONFIGURATION, FAILED = 10, 30  # exit codes of `python -m model_core`
 MEANINGS = {
@@ -22,7 +24,7 @@ MEANINGS = {
 }
 FAILURE_FILE = "failure.json"
 
-Scheduler = Callable[[list[str], str], Outcome]  # takes the command and the step's label
+Scheduler = Callable[[list[str], str, Mapping[str, str]], Outcome]  # takes the command, the step's label, and variables to add
 SCHEDULERS: dict[str, Scheduler] = {"local_cwd": run_process}
 
 
@@ -64,13 +66,22 @@ def run_step(
         recipe_path, site_path = Path(folder, "recipe.yaml"), Path(folder, "site.yaml")
         recipe_path.write_text(recipe, encoding="utf-8")  # JSON is YAML
         site_path.write_text(site, encoding="utf-8")
-        num = profile(json.loads(site), step).get("processes", 1)
+        launch = profile(json.loads(site), step)
+        num = launch.get("processes", 1)
         program = ["model_core"] if num == 1 else ["model_core.torchrun", str(num)]
-        argv = [sys.executable, "-m", *program, step, "--recipe", str(recipe_path), "--site", str(site_path), "--run", run]
-        argv += [] if stage is None else ["--stage", stage]
+        given = ["--recipe", str(recipe_path), "--site", str(site_path)]
         for name, path in inputs.items():
-            argv += [] if path is None else ["--input", f"{name}={path}"]
-        outcome = scheduler(json.loads(site), step)([*argv, "--output", output], label)
+            given += [] if path is None else ["--input", f"{name}={path}"]
+        argv = [sys.executable, "-m", *program, step, *given, "--run", run, *([] if stage is None else ["--stage", stage])]
+        start = scheduler(json.loads(site), step)
+        beside: AbstractContextManager[Mapping[str, str]] = nullcontext({})
+        if launch.get("reward_service"):
+            beside = reward_service(given, folder=Path(folder))
+        try:
+            with beside as environment:
+                outcome = start([*argv, "--output", output], label, environment)
+        except ServiceEnded as error:
+            label, outcome = f"{label}: the reward service", error.outcome
     if outcome.code != 0:
         what = f"{label} {meaning(outcome)}"
         _tell_run(code=outcome.code, what=what, reason=outcome.tail[-1] if outcome.tail else "it said nothing")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,14 +33,12 @@ class Outcome:
     abandoned: bool = False
 
 
-def run_process(argv: list[str], label: str) -> Outcome:
-    """Runs `argv` to its end, forwarding each line at once, and SIGTERM and SIGINT as SIGTERM.
+def start_process(argv: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """`argv` in a session of its own, with `environment` beside this process's own, its two outputs as one pipe of lines.
 
-    The process never outlives its starter: the kernel kills it when this process dies (Linux), and it is stopped
-    when the `darkroom run` that it belongs to is gone.
+    The kernel kills it when this process dies (Linux).
     """
-    folder = os.environ.get(RUN_FOLDER)
-    process = subprocess.Popen(
+    return subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -48,13 +46,23 @@ def run_process(argv: list[str], label: str) -> Outcome:
         text=True,
         errors="replace",
         bufsize=1,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,  # a Ctrl-C of the terminal reaches this process alone, which then asks the step to stop
         preexec_fn=_die_with(os.getpid()),
     )
 
+
+def run_process(argv: list[str], label: str, environment: Mapping[str, str]) -> Outcome:
+    """Runs `argv` to its end, forwarding each line at once, and SIGTERM and SIGINT as SIGTERM.
+
+    The process never outlives its starter: `start_process` sees to that, and it is stopped when the `darkroom run` that it
+    belongs to is gone.
+    """
+    folder = os.environ.get(RUN_FOLDER)
+    process = start_process(argv, environment)
+
     def forward(_signal: int, _frame: FrameType | None) -> None:
-        _signal_group(process, signal.SIGTERM)
+        signal_group(process, signal.SIGTERM)
 
     previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     ended, abandoned = threading.Event(), threading.Event()
@@ -63,14 +71,14 @@ def run_process(argv: list[str], label: str) -> Outcome:
     tail: deque[str] = deque(maxlen=TAIL_LINES)
     try:
         assert process.stdout is not None
-        write = _writer(f"{LINE_MARK}{label}{LINE_MARK}" if folder else "")
+        write = line_writer(label)
         for line in process.stdout:
             tail.append(line.rstrip("\n"))
             write(line)
         code = process.wait()
     finally:
         ended.set()
-        _signal_group(process, signal.SIGKILL)  # what it may have started and left
+        signal_group(process, signal.SIGKILL)  # what it may have started and left
         for number, handler in previous.items():
             signal.signal(number, handler)
     return Outcome(code, tuple(tail), abandoned.is_set())
@@ -92,14 +100,15 @@ def _watch(folder: Path, process: subprocess.Popen[str], ended: threading.Event,
     while not ended.wait(POLL_SECONDS):
         if not is_alive(folder):
             abandoned.set()
-            _signal_group(process, signal.SIGTERM)
+            signal_group(process, signal.SIGTERM)
             if not ended.wait(GRACE_SECONDS):
-                _signal_group(process, signal.SIGKILL)
+                signal_group(process, signal.SIGKILL)
             return
 
 
-def _writer(mark: str) -> Callable[[str], None]:
-    """Writes lines to standard output until nobody reads them any more; the step itself need not notice that."""
+def line_writer(label: str) -> Callable[[str], None]:
+    """Writes lines, marked for `darkroom run`, to standard output until nobody reads them any more; the step need not notice that."""
+    mark = f"{LINE_MARK}{label}{LINE_MARK}" if os.environ.get(RUN_FOLDER) else ""
     is_open = True
 
     def write(line: str) -> None:
@@ -116,7 +125,8 @@ def _writer(mark: str) -> Callable[[str], None]:
     return write
 
 
-def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+def signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Sends a signal to the process and all that it started, as far as they are there."""
     try:
         os.killpg(process.pid, number)
     except (ProcessLookupError, PermissionError):  # nobody of it is left (macOS reports the second)

@@ -19,7 +19,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from model_core.data.shards import RawRow
-from model_core.data.synthetic import Scene, article, scene_from_dict
+from model_core.data.synthetic import Scene, article, scene_in
 
 SOURCE_MODEL = "annotations"
 QUOTED = re.compile(r'["“]([^"“”]+)["”]')
@@ -41,7 +41,7 @@ def captions_of(row: RawRow, *, max_words: int) -> Captions:
     """The captions of a row; the general one is cut after `max_words` words."""
     notes = row.notes()
     general = " ".join(row.caption.split()[:max_words])
-    scene, style = _scene(notes), _style(notes)
+    scene, style = scene_in(notes), _style(notes)
     if scene is not None:
         text, facts = _scene_text(scene, style), _scene_facts(scene, style)
     elif row.kind == "text_image":
@@ -76,12 +76,6 @@ def language_of(text: str) -> str:
     if counts.get("ja") and counts.get("zh"):
         counts["ja"] += counts.pop("zh")
     return max(sorted(counts), key=lambda language: counts[language], default="und")
-
-
-def _scene(notes: dict[str, Any]) -> Scene | None:
-    """The scene of a plain picture, or of an edit's target."""
-    found = notes if "shape" in notes else notes.get("target")
-    return scene_from_dict(found) if found else None
 
 
 def _style(notes: dict[str, Any]) -> str:

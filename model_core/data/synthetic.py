@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -73,9 +74,15 @@ class Scene:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def scene_from_dict(document: dict[str, Any]) -> Scene:
+def scene_from_dict(document: Mapping[str, Any]) -> Scene:
     """The scene that `to_dict` gave."""
     return Scene(**{name: str(document[name]) for name in ("color", "shape", "position", "background", "text")})
+
+
+def scene_in(notes: Mapping[str, Any]) -> Scene | None:
+    """The scene in the notes of a plain picture, or that of an edit's target."""
+    found = notes if "shape" in notes else notes.get("target")
+    return scene_from_dict(found) if found else None
 
 
 def is_held_out(scene: Scene, held_out_share: float) -> bool:
@@ -158,6 +165,21 @@ def describe(scene: Scene, wording: int) -> str:
             return (f"{text} and " if text else "") + f"{shape} on the {scene.position}"
 
 
+def asked_in(scene: Scene, prompt: str) -> dict[str, str]:
+    """What the prompt asks of a picture of the scene: those attributes whose value is one of its words.
+
+    A background that is left open, or no text, is not asked for.
+    """
+    words = re.findall(r"\w+", prompt)
+    lowered = {word.lower() for word in words}
+    asked = {name: getattr(scene, name) for name in ("color", "shape", "position") if getattr(scene, name) in lowered}
+    if scene.text in words:
+        asked["text"] = scene.text
+    if scene.background in lowered:
+        asked["background"] = scene.background
+    return asked
+
+
 def article(word: str) -> str:
     """The indefinite article that goes before `word`."""
     return "an" if word[0] in "aeiou" else "a"
@@ -224,6 +246,15 @@ def glyph_mask(sign: str, size_px: int, right: int, down: int) -> Image.Image:
 def rim_mask(sign: str, size_px: int, right: int, down: int) -> Image.Image:
     """The glyph's mask, one pixel wider all round."""
     return glyph_mask(sign, size_px, right, down).filter(ImageFilter.MaxFilter(3))
+
+
+def coverage(mask_of: MaskOf, name: str, x: float, y: float, *, size_px: int) -> np.ndarray:
+    """(size_px, size_px) share of each pixel that a shape or character centred at (x, y) px covers, to a quarter of a pixel."""
+    fine_x, fine_y = round(x * OVERSAMPLING), round(y * OVERSAMPLING)
+    tile = mask_of(name, size_px, fine_x % OVERSAMPLING, fine_y % OVERSAMPLING)
+    canvas = Image.new("L", (size_px, size_px))
+    canvas.paste(tile, (fine_x // OVERSAMPLING - tile.width // 2, fine_y // OVERSAMPLING - tile.height // 2))
+    return np.asarray(canvas, dtype=np.float64) / 255
 
 
 @lru_cache(maxsize=8)

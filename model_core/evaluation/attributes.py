@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model_core.data.synthetic import NUM_WORDINGS, Scene, describe, held_out_scenes
+from model_core.data.synthetic import NUM_WORDINGS, Scene, asked_in, describe, held_out_scenes
 from model_core.recipe import Scenes
 
 SCORED = ("color", "shape", "position", "text")  # what judge/mean is the mean of
@@ -34,13 +34,7 @@ def plain_prompts(num: int, config: Scenes, *, seed: int) -> list[Prompt]:
 
 def asked_by(scene: Scene, wording: int) -> dict[str, str]:
     """What the description of a scene in that wording names; a background that is left open, or no text, is not asked for."""
-    text = describe(scene, wording)
-    asked = {"color": scene.color, "shape": scene.shape, "position": scene.position}
-    if scene.text:
-        asked["text"] = scene.text
-    if scene.background in text.split():
-        asked["background"] = scene.background
-    return asked
+    return asked_in(scene, describe(scene, wording))
 
 
 def shares(verdicts: Sequence[dict[str, bool]]) -> dict[str, float]:

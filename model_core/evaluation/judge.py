@@ -17,13 +17,12 @@ from PIL import Image
 from model_core.data.synthetic import (
     BACKGROUNDS,
     COLORS,
-    OVERSAMPLING,
     POSITIONS,
     SHAPE_CENTER,
     SHAPES,
     TEXT_CENTERS,
-    MaskOf,
     Scene,
+    coverage,
     glyph_mask,
     held_out_scenes,
     render,
@@ -186,7 +185,7 @@ def _window(position: str) -> _Window:
         for dy in SHAPE_SHIFTS:
             for dx in SHAPE_SHIFTS:
                 names.append(shape)
-                masks.append(_coverage(shape_mask, shape, x + dx, y + dy)[box].ravel())
+                masks.append(coverage(shape_mask, shape, x + dx, y + dy, size_px=SIDE)[box].ravel())
     stacked = np.stack(masks)
     return _Window((box[0], box[1]), tuple(names), stacked, _unit(stacked))
 
@@ -196,20 +195,11 @@ def _glyphs(signs: str) -> np.ndarray:
     center = TEXT_CENTERS["left"][0]
     shifts = [(dx, dy) for dx in GLYPH_SHIFTS for dy in GLYPH_SHIFTS]
     rows = [
-        _coverage(glyph_mask, sign, center[0] * SIDE + dx, center[1] * SIDE + dy)[_cell(center)].ravel()
+        coverage(glyph_mask, sign, center[0] * SIDE + dx, center[1] * SIDE + dy, size_px=SIDE)[_cell(center)].ravel()
         for dx, dy in shifts
         for sign in signs
     ]
     return _unit(np.stack(rows)).reshape(len(shifts), len(signs), -1)
-
-
-def _coverage(mask_of: MaskOf, name: str, x: float, y: float) -> np.ndarray:
-    """(SIDE, SIDE) share of each pixel that a shape or sign centred at (x, y) px covers."""
-    fine_x, fine_y = round(x * OVERSAMPLING), round(y * OVERSAMPLING)
-    tile = mask_of(name, SIDE, fine_x % OVERSAMPLING, fine_y % OVERSAMPLING)
-    canvas = Image.new("L", (SIDE, SIDE))
-    canvas.paste(tile, (fine_x // OVERSAMPLING - tile.width // 2, fine_y // OVERSAMPLING - tile.height // 2))
-    return np.asarray(canvas, dtype=np.float64) / 255
 
 
 def _cell(center: tuple[float, float]) -> tuple[slice, slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -60,3 +61,24 @@ class Scorer(Protocol):
 
 class RewardUnavailable(RuntimeError):
     """The rewards cannot be had: a service that is down or too slow, after all retries."""
+
+
+def settled(answers: Sequence[Mapping[str, Score]], names: Sequence[str], num: int, *, who: str) -> list[dict[str, Score]]:
+    """The answers of the scorer `who` to `num` requests: a value that is not finite has become Invalid.
+
+    Raises RewardUnavailable for another number of answers, or when one has not exactly `names`.
+    """
+    if len(answers) != num:
+        raise RewardUnavailable(f"{who}: found {len(answers)} answers to {num} requests")
+    result = []
+    for answer in answers:
+        if set(answer) != set(names):
+            raise RewardUnavailable(f"{who}: found the rewards {', '.join(answer) or 'none'}; allowed are {', '.join(names)}")
+        result.append({name: _finite(answer[name]) for name in names})
+    return result
+
+
+def _finite(score: Score) -> Score:
+    if isinstance(score, Value) and not (math.isfinite(score.value) and math.isfinite(score.uncertainty)):
+        return Invalid("not finite")
+    return score

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def test_a_step_of_several_processes_is_started_by_torchrun(
 ) -> None:
     started: list[list[str]] = []
 
-    def start(argv: list[str], _label: str) -> Outcome:
+    def start(argv: list[str], _label: str, _environment: Mapping[str, str]) -> Outcome:
         started.append(argv)
         return Outcome(0, ())
 

@@ -26,6 +26,7 @@ LIGHT = (  # what steps that need no tensors import; torch costs seconds
     "model_core/storage",
     "model_core/tracking",
     "model_core/steps/registry.py",
+    "model_core/rewards",
     *(f"model_core/data/{name}.py" for name in ("sources", "synthetic", "edits", "filters", "captions", "shards")),
 )
 
@@ -97,6 +98,16 @@ def test_mlflow_is_imported_by_tracking_alone_and_late() -> None:
 @pytest.mark.parametrize("place", LIGHT)
 def test_light_modules_import_no_torch_at_module_level(place: str) -> None:
     assert offenders(files(place), {"torch", "torchvision", "transformers", "diffusers"}, at_module_level=True) == []
+
+
+def test_rewards_never_ask_the_judge() -> None:
+    """Neither by name nor through what they import: what evaluates a model must not train it."""
+    places = files("model_core/rewards")
+    named = [f"{path.name} imports {name}" for path in places for name, _ in imports(path) if name.startswith("model_core.evaluation")]
+    assert named == []
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in places]
+    code = f"import sys, {', '.join(modules)}; print([name for name in sys.modules if name.startswith('model_core.evaluation')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def loaded_by(module: str) -> set[str]:

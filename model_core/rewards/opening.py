@@ -1,0 +1,60 @@
+"""Where rewards come from: the service that the site or the launcher names, else scorers in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from model_core.documents import UserError
+from model_core.manifest import Manifest
+from model_core.recipe import Recipe, Scenes
+from model_core.rewards.attribute_check import AttributeCheck
+from model_core.rewards.client import HTTPScorer
+from model_core.rewards.combined import CombinedScorer
+from model_core.rewards.edit_consistency import INSTRUCTION, EditConsistency
+from model_core.rewards.face_gate import PORTRAIT, FaceGated, open_face_finder
+from model_core.rewards.text_accuracy import NAME as TEXT_ACCURACY
+from model_core.rewards.text_accuracy import TextAccuracy, open_reader, reader_is_installed
+from model_core.rewards.verdict import Scorer
+from model_core.site import Site
+
+URI_VARIABLE = "DARKROOM_REWARDS_URI"  # set by the launcher for a service that it has started beside the step
+POINTWISE_SCALE = (1.0, 5.0)  # worst and best score of a reward model (R4)
+
+
+def open_scorer(site: Site, rewards: Sequence[str], *, local: Callable[[], Sequence[Scorer]], say: Callable[[str], None]) -> Scorer:
+    """A scorer that gives just `rewards`: of the service at DARKROOM_REWARDS_URI or the site's rewards.uri, else of `local()`.
+
+    Raises UserError for a reward that no local scorer gives, or two do; a service's are told by its first answer.
+    """
+    uri = os.environ.get(URI_VARIABLE) or site.rewards.uri
+    if uri is None:
+        return CombinedScorer(local(), rewards=rewards)
+    settings = site.rewards
+    return HTTPScorer(uri, rewards, timeout_seconds=settings.timeout_seconds, patience_seconds=settings.patience_seconds, say=say)
+
+
+def local_scorers(rewards: Sequence[str], *, scenes: Scenes, models: Sequence[Scorer]) -> list[Scorer]:
+    """The reward models, portraits gated and edits' consistency beside instructions, and the rules that `rewards` names.
+
+    Raises UserError when a reward needs a package that is not installed.
+    """
+    scorers: list[Scorer] = []
+    for model in models:
+        if PORTRAIT in model.names:
+            model = FaceGated(model, has_face=open_face_finder())
+        if INSTRUCTION in model.names:
+            model = EditConsistency(model, scale=POINTWISE_SCALE)
+        scorers.append(model)
+    if TEXT_ACCURACY in rewards:
+        scorers.append(TextAccuracy(open_reader()))
+    return [*scorers, AttributeCheck(scenes)]
+
+
+def rule_scorer(recipe: Recipe, _site: Site, inputs: Mapping[str, Manifest]) -> Scorer:
+    """The rules alone, text_accuracy where its reader is installed. Raises UserError for reward models among the inputs."""
+    models = [name for name, manifest in inputs.items() if manifest.step == "train_reward"]
+    if models:
+        raise UserError(f"--input: found the reward models {', '.join(models)}; allowed are none, only rules are served")
+    rewards = (*AttributeCheck.names, *([TEXT_ACCURACY] if reader_is_installed() else []))
+    return CombinedScorer(local_scorers(rewards, scenes=recipe.data.scenes, models=()))
