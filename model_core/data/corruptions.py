@@ -63,7 +63,7 @@ def corrupt(picture: Image.Image, kind: str, severity: int, *key: object) -> Ima
         return picture.filter(ImageFilter.GaussianBlur(BLUR_RADIUS[level] * scale))
     if kind == "jpeg":
         return _jpeg(picture, JPEG_QUALITY[level])
-    pixels = np.asarray(picture, dtype=np.float32)
+    pixels: np.ndarray = np.asarray(picture, dtype=np.float32)
     height, width = pixels.shape[:2]
     if kind == "noise":
         pixels = pixels + NOISE_SIGMA[level] * generator.standard_normal(pixels.shape, dtype=np.float32)

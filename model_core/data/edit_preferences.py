@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -41,8 +41,9 @@ PICTURE_OPERATIONS = ("style", "restoration")
 REFERENCED = ("color", "shape", "background", "text")  # attributes that a second picture gives
 FRAMES = ("{}", "{}", "please {}", "{} and leave the rest as it is", "in this picture, {}")  # ways to say an instruction
 ATTRIBUTES = ("color", "shape", "position", "background", "text")
+STYLE_LEAVES = ("shape", "position", "text")  # a style takes the colours away
 SPOILED = ("noise", "blur", "color_cast", "shift")  # corruptions outside the edited region
-SPOILED_STYLE = ("noise", "blur", "shift")
+SPOILED_STYLE = ("blur", "shift")  # noise has colours, and would be a style that failed
 SPOILED_REPAIR = ("shift",)  # noise or blur would be a repair that failed
 NUM_EXTRA = ((0, 1), (0, 1), (0, 2), (1, 2))  # attributes that changed though not asked to, in the better and the worse result
 SAME_LEVELS = 8  # source and result agree at a pixel whose channels differ by no more than this, of 255
@@ -124,7 +125,14 @@ def _scene_edit(
     operation = _one_of([operation for operation in SCENE_OPERATIONS if applies(operation, scene)], generator)
     if operation in PICTURE_OPERATIONS:
         return _picture_edit(
-            config, lambda: render(scene, scenes.size_px, *key), split, generator, operation=operation, scene=scene, size_px=scenes.size_px, key=key
+            config,
+            lambda: render(scene, scenes.size_px, *key),
+            split,
+            generator,
+            operation=operation,
+            scene=scene,
+            size_px=scenes.size_px,
+            key=key,
         )
     seconds: list[Scene] = []
     if operation == "multi_reference":
@@ -213,27 +221,14 @@ def _followed(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: 
 
 def _followed_alike(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: tuple[object, ...]) -> tuple[Shown, Shown] | None:
     """The right result, and one that follows the instruction as well, whatever else it changes."""
-    spoiled = _consistent(edit, scenes, generator, key)
+    spoiled = _consistent(edit, scenes, generator, key) if edit.is_whole else _with_extra(edit, scenes, generator, key)
     return None if spoiled is None else (Shown(picture=edit.target, score=BEST_SCORE), replace(spoiled[1], score=BEST_SCORE))
 
 
 def _consistent(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: tuple[object, ...]) -> tuple[Shown, Shown] | None:
     """The right result against one in which another attribute changed too, or that is spoiled outside the edited region."""
     if edit.right is not None and generator.random() < 0.5:
-        names = [name for name in ATTRIBUTES if name != edit.attribute]
-        if edit.attribute == "style":
-            names = ["shape", "position", "text"]  # a style takes the colours away
-        few, many = _one_of(NUM_EXTRA, generator)
-        extra = [names[place] for place in generator.permutation(len(names))[:many]]
-        shows = [changed(edit.right, extra[:num], scenes, keyed_generator(*key, "extra")) for num in (few, many)]
-        if shows[0] is None or shows[1] is None:
-            return None
-        better, worse = (
-            Shown(picture=edit.draw(scene), score=score_of_wrong(num), notes={"fault": f"other_{extra[-1]}" if num else "", "extra": extra[:num]})
-            for scene, num in zip(shows, (few, many), strict=True)
-            if scene is not None
-        )
-        return better, worse
+        return _with_extra(edit, scenes, generator, key)
     kind = _one_of({"style": SPOILED_STYLE, "damage": SPOILED_REPAIR}.get(edit.attribute, SPOILED), generator)
     mild = 0 if generator.random() < 0.5 else int(generator.integers(1, MAX_SEVERITY))
     severe = int(generator.integers(mild + 1, MAX_SEVERITY + 1))
@@ -248,6 +243,22 @@ def _consistent(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key
     if rms_difference(edit.target, worse.picture) < rms_difference(edit.target, better.picture) + MIN_DIFFERENCE:
         return None  # such as a blur where there are no edges
     return better, worse
+
+
+def _with_extra(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: tuple[object, ...]) -> tuple[Shown, Shown] | None:
+    """Results in which fewer and more attributes changed that were not to."""
+    assert edit.right is not None
+    names = STYLE_LEAVES if edit.attribute == "style" else tuple(name for name in ATTRIBUTES if name != edit.attribute)
+    few, many = _one_of(NUM_EXTRA, generator)
+    extra = [names[place] for place in generator.permutation(len(names))[:many]]
+    fewer, more = (changed(edit.right, extra[:num], scenes, keyed_generator(*key, "extra")) for num in (few, many))
+    if fewer is None or more is None:
+        return None
+    fault = f"other_{extra[-1]}"
+    return (
+        Shown(picture=edit.draw(fewer), score=score_of_wrong(few), notes={"fault": fault if few else "", "extra": extra[:few]}),
+        Shown(picture=edit.draw(more), score=score_of_wrong(many), notes={"fault": fault, "extra": extra}),
+    )
 
 
 def _consistent_alike(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: tuple[object, ...]) -> tuple[Shown, Shown] | None:

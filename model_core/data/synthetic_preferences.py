@@ -19,7 +19,7 @@ from model_core.data.corruptions import AESTHETIC, BEST_SCORE, MAX_SEVERITY, cor
 from model_core.data.edit_preferences import edit_pair
 from model_core.data.edits import crop_of
 from model_core.data.keys import keyed_generator, keyed_uniform
-from model_core.data.known_pairs import KnownPair, Shown, caption_split, preference_of, scene_split, split_of
+from model_core.data.known_pairs import KnownPair, Shown, preference_of, scene_split, split_of
 from model_core.data.portraits import NUM_WORDINGS as NUM_PORTRAIT_WORDINGS
 from model_core.data.portraits import describe_portrait, fault_pairs, random_portrait, render_portrait
 from model_core.data.preferences import Preference, Split
@@ -40,10 +40,11 @@ MAX_DRAWS = 2000
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture that nobody can draw again, with its caption; sides are multiples of 16 px."""
+    """A picture that nobody can draw again, with its caption; sides are multiples of 16 px. One caption has one split."""
 
     picture: Image.Image
     caption: str
+    split: Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +92,11 @@ def _pair(
         elif dimension == "aesthetics":
             pair = _aesthetics_pair(_subject(config, scenes, photo, generator, attempt_key), generator, attempt_key, tie=tie)
         elif dimension == "alignment" and photo is not None:
-            pair = _photo_alignment_pair(config, photo, photos, generator, attempt_key, tie=tie)
+            pair = _photo_alignment_pair(photo, photos, generator, attempt_key, tie=tie)
         elif dimension == "alignment":
             pair = _alignment_pair(config, scenes, generator, attempt_key, tie=tie)
         else:
-            source = (photo.picture, caption_split(config, photo.caption)) if photo else training_scene(scenes, *subject_key, "scene")
+            source = (_crop(photo, subject_key), photo.split) if photo else training_scene(scenes, *subject_key, "scene")
             pair = edit_pair(config, scenes, generator, attempt_key, dimension=dimension, source=source, tie=tie)
         if pair is not None:
             return pair
@@ -104,7 +105,7 @@ def _pair(
 
 def _subject(config: Preferences, scenes: Scenes, photo: Photo | None, generator: np.random.Generator, key: tuple[object, ...]) -> _Subject:
     if photo is not None:
-        return _photo_subject(config, photo, key)
+        return _photo_subject(photo, key)
     return (_portrait_subject if generator.random() < PORTRAIT_SHARE else _scene_subject)(config, scenes, generator, key)
 
 
@@ -130,13 +131,12 @@ def _portrait_subject(config: Preferences, scenes: Scenes, generator: np.random.
     )
 
 
-def _photo_subject(config: Preferences, photo: Photo, key: tuple[object, ...]) -> _Subject:
-    size_px = photo.picture.height, photo.picture.width
+def _photo_subject(photo: Photo, key: tuple[object, ...]) -> _Subject:
     return _Subject(
         prompt=photo.caption,
         category="scene",
-        split=caption_split(config, photo.caption),
-        draw=lambda take: fit(crop_of(photo.picture, keyed_generator(*key, take)), size_px),
+        split=photo.split,
+        draw=lambda take: _crop(photo, (*key, take)),
         notes={},
     )
 
@@ -182,7 +182,11 @@ def _alignment_pair(
     if "background" not in names and generator.random() < 0.5:
         far = changed(far, ["background"], scenes, generator) or far
     shown = [
-        Shown(picture=render(shows, scenes.size_px, *key, take), score=score_of_wrong(num), notes={"scene": shows.to_dict(), "wrong": wrong[:num]})
+        Shown(
+            picture=render(shows, scenes.size_px, *key, take),
+            score=score_of_wrong(num),
+            notes={"scene": shows.to_dict(), "wrong": wrong[:num]},
+        )
         for shows, num, take in ((near, lesser, "one"), (far, more, "two"))
     ]
     return KnownPair(
@@ -198,11 +202,11 @@ def _alignment_pair(
 
 
 def _photo_alignment_pair(
-    config: Preferences, photo: Photo, photos: Sequence[Photo], generator: np.random.Generator, key: tuple[object, ...], *, tie: bool
+    photo: Photo, photos: Sequence[Photo], generator: np.random.Generator, key: tuple[object, ...], *, tie: bool
 ) -> KnownPair | None:
     """A caption's own picture and another one, which is of the same split; equal ones are two crops of the caption's own."""
-    subject = _photo_subject(config, photo, key)
-    others = [other for other in photos if other.caption != photo.caption and caption_split(config, other.caption) == subject.split]
+    subject = _photo_subject(photo, key)
+    others = [other for other in photos if other.caption != photo.caption and other.split == photo.split]
     if not others and not tie:
         return None
     own = subject.draw("one")
@@ -229,7 +233,11 @@ def _portrait_pair(
     more = fewer if tie else more
     takes = ("one", "two") if tie else ("one", "one")
     shown = [
-        Shown(picture=render_portrait(portrait, scenes.size_px, faults, *key, take), score=score_of(sum(faults.values())), notes={"faults": faults})
+        Shown(
+            picture=render_portrait(portrait, scenes.size_px, faults, *key, take),
+            score=score_of(sum(faults.values())),
+            notes={"faults": faults},
+        )
         for faults, take in zip((fewer, more), takes, strict=True)
     ]
     if not tie and rms_difference(shown[0].picture, shown[1].picture) < MIN_DIFFERENCE:
@@ -244,6 +252,11 @@ def _portrait_pair(
         is_tie=tie,
         notes=subject.notes,
     )
+
+
+def _crop(photo: Photo, key: tuple[object, ...]) -> Image.Image:
+    """A keyed crop of the photograph in its own size."""
+    return fit(crop_of(photo.picture, keyed_generator(*key)), (photo.picture.height, photo.picture.width))
 
 
 def _one_of(values: Sequence[Item], generator: np.random.Generator) -> Item:
