@@ -71,9 +71,7 @@ def fixed_prompts(recipe: Recipe, prompts: Mapping[str, Sequence[PolicyPrompt]],
     return fixed
 
 
-def draw_fixed(
-    painter: Painter, fixed: Sequence[FixedPrompt], scorer: Scorer, weights: Weights, judge: Judge | None, *, key: str
-) -> Drawn:
+def draw_fixed(painter: Painter, fixed: Sequence[FixedPrompt], scorer: Scorer, weights: Weights, judge: Judge | None, *, key: str) -> Drawn:
     """Draws and scores the fixed prompts as an evaluation samples them; `key` names the model in the scorer's requests."""
     requests = [Request(each.prompt.prompt, each.seed, each.prompt.size_px, each.prompt.sources) for each in fixed]
     pictures = draw(painter, requests, on_drawn=lambda _: None)
@@ -81,7 +79,9 @@ def draw_fixed(
         score_request(each.prompt, picture, key=f"{key}/fixed/{index}")
         for index, (each, picture) in enumerate(zip(fixed, pictures, strict=True))
     ]
-    tally = make_tally([[scores] for scores in scorer.score(asked)], names=scorer.names, categories=[each.prompt.category for each in fixed])
+    tally = make_tally(
+        [[scores] for scores in scorer.score(asked)], names=scorer.names, categories=[each.prompt.category for each in fixed]
+    )
     totals, counted = tally.totals(weights)
     values = np.where(counted[:, 0].numpy(), totals[:, 0].numpy(), np.nan)
     return Drawn(pictures, values, tally.means(), {} if judge is None else judged(judge, fixed, pictures))

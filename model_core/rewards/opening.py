@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from model_core.documents import UserError
 from model_core.manifest import Manifest
-from model_core.recipe import Recipe, Scenes
+from model_core.recipe import DIMENSIONS, Recipe, Scenes
 from model_core.rewards.attribute_check import AttributeCheck
 from model_core.rewards.client import HTTPScorer
 from model_core.rewards.combined import CombinedScorer
 from model_core.rewards.edit_consistency import INSTRUCTION, EditConsistency
+from model_core.rewards.edit_consistency import NAME as CONSISTENCY
 from model_core.rewards.face_gate import PORTRAIT, FaceGated, open_face_finder
 from model_core.rewards.text_accuracy import NAME as TEXT_ACCURACY
 from model_core.rewards.text_accuracy import TextAccuracy, open_reader, reader_is_installed
 from model_core.rewards.verdict import Scorer
 from model_core.site import Site
+from model_core.workspace import InputFolder
 
 URI_VARIABLE = "DARKROOM_REWARDS_URI"  # set by the launcher for a service that it has started beside the step
 POINTWISE_SCALE = (1.0, 5.0)  # worst and best score of a reward model (R4)
@@ -32,6 +35,18 @@ def open_scorer(site: Site, rewards: Sequence[str], *, local: Callable[[], Seque
         return CombinedScorer(local(), rewards=rewards)
     settings = site.rewards
     return HTTPScorer(uri, rewards, timeout_seconds=settings.timeout_seconds, patience_seconds=settings.patience_seconds, say=say)
+
+
+def model_scorers(rewards: Sequence[str], inputs: Mapping[str, InputFolder], *, scenes: Scenes, device: Any) -> list[Scorer]:
+    """Local scorers with the reward models among a step's inputs that `rewards` need. Raises UserError for a model that is not there."""
+    from model_core.models.reward import RewardScorer, load_reward
+
+    needed = [name for name in DIMENSIONS if name in rewards or (name == INSTRUCTION and CONSISTENCY in rewards)]
+    missing = [name for name in needed if name not in inputs]
+    if missing:
+        raise UserError(f"rewards: found no reward model of {', '.join(missing)} among the inputs; allowed are those that there are")
+    models = [RewardScorer(load_reward(inputs[name].folder("reward")).to(device)) for name in needed]
+    return local_scorers(rewards, scenes=scenes, models=models)
 
 
 def local_scorers(rewards: Sequence[str], *, scenes: Scenes, models: Sequence[Scorer]) -> list[Scorer]:

@@ -14,9 +14,10 @@ Scores = list[dict[str, Score]]
 
 
 class OverlappedScoring:
-    """Scores in `num_threads` threads, with at most `max_waiting` batches handed over and not begun: more make `submit` wait.
+    """Scores in `num_threads` threads, or with none of them at once in the caller's, for a scorer that works on the same cores.
 
-    The threads are daemons: one that waits for a service does not keep a process alive that is to end.
+    At most `max_waiting` batches are handed over and not begun: more make `submit` wait. The threads are daemons: one that waits
+    for a service does not keep a process alive that is to end.
     """
 
     def __init__(self, scorer: Scorer, *, num_threads: int, max_waiting: int) -> None:
@@ -34,7 +35,10 @@ class OverlappedScoring:
             raise self._failure
         future: Future[Scores] = Future()
         self._pending.append(future)
-        self._jobs.put((requests, future))
+        if self._threads:
+            self._jobs.put((requests, future))
+        else:
+            self._score(requests, future)
         return future
 
     def collect(self, *, timeout_seconds: float | None = None) -> list[Scores]:
@@ -61,9 +65,11 @@ class OverlappedScoring:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            requests, future = job
-            try:
-                future.set_result(self._scorer.score(requests))
-            except Exception as error:  # noqa: BLE001 - raised where the scores are wanted
-                self._failure = error
-                future.set_exception(error)
+            self._score(*job)
+
+    def _score(self, requests: Sequence[ScoreRequest], future: Future[Scores]) -> None:
+        try:
+            future.set_result(self._scorer.score(requests))
+        except Exception as error:  # noqa: BLE001 - raised where the scores are wanted
+            self._failure = error
+            future.set_exception(error)

@@ -118,6 +118,15 @@ STEPS: dict[str, StepSpec] = {
             stages=DIMENSIONS,
         ),
         StepSpec(
+            name="align_grpo",
+            version=1,
+            sections=("seed", "grpo", "sampling", "data.scenes", "edits.operations", "mmdit.stages"),
+            inputs=("model", "vae", "encoder", "captions", "images", "edits"),
+            optional=DIMENSIONS,
+            kind="model",
+            parallel=True,
+        ),
+        StepSpec(
             name="evaluate_model",
             version=1,
             sections=("seed", "evaluation", "sampling", "data.scenes", "mmdit.stages"),

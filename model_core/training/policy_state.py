@@ -24,6 +24,11 @@ class PolicyState:
         self._done: dict[str, dict[str, torch.Tensor]] = {}
         self.begin()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is trained."""
+        return next(self.model.parameters()).device
+
     def begin(self) -> None:
         """Starts another policy from the same weights."""
         config = self._config
@@ -61,8 +66,8 @@ class PolicyState:
 
     def state_dict(self) -> dict[str, Any]:
         """All there is to go on from."""
-        parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer}
-        return {name: part.state_dict() for name, part in parts.items()} | {"done": self._done}
+        state = {"model": self.model.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return state | {"done": self._done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` gave."""
