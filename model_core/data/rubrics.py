@@ -14,9 +14,9 @@ SCALE = ("bad", "poor", "fair", "good", "excellent")  # of the scores 1 to 5
 INVALID_REASONS = {
     "broken": "A picture is broken or empty",
     "unclear": "The text asks for nothing that can be judged",
-    "source": "The source picture does not belong to the text",
     "harmful": "Nobody should have to look at it",
     "unsure": "I cannot judge this pair",
+    "source": "The source picture does not belong to the text",  # of edits alone
 }
 
 

@@ -32,6 +32,7 @@ async function begin() {
   }
   Object.entries(state.reasons).forEach(([reason, text], index) => {
     const button = element("button", { type: "button" });
+    button.dataset.reason = reason;
     button.append(element("kbd", { textContent: index + 1 }), ` ${text}`);
     button.addEventListener("click", () => give("invalid", reason));
     at("reason-list").append(button);
@@ -39,51 +40,53 @@ async function begin() {
   await show(following(-1));
 }
 
-/** The next pair without a vote after `number`; then those that were skipped; then the number of pairs, which is the end. */
+/** The next pair without a vote after `number`, those that were skipped last; the number of pairs when there is none. */
 function following(number) {
   const open = state.pairs.map((pair, index) => index).filter((index) => !state.pairs[index].vote);
   const fresh = open.filter((index) => !skipped.has(index));
-  const found = fresh.find((index) => index > number) ?? fresh[0];
-  if (found !== undefined) return found;
-  open.forEach((index) => skipped.delete(index));
-  return open.find((index) => index > number) ?? open[0] ?? state.pairs.length;
+  const left = fresh.length ? fresh : open;
+  return left.find((index) => index > number) ?? left[0] ?? state.pairs.length;
 }
 
 async function show(number, { trace = true } = {}) {
-  isBusy = true;
+  setBusy(true);
   if (trace && shown >= 0) trail.push(shown);
   shown = number;
   const isDone = number === state.pairs.length;
   at("pair").hidden = isDone;
   at("done").hidden = !isDone;
   refresh();
+  at("note").hidden = true;
   if (isDone) {
-    isBusy = false;
+    setBusy(false);
     at("done").querySelector("h1").focus();
     return;
   }
   const pair = state.pairs[number];
+  at("reason-list").querySelector("[data-reason=source]").hidden = !pair.num_sources;
   at("kind").textContent = pair.num_sources ? "instruction" : "prompt";
   at("prompt").textContent = pair.prompt;
   const sources = Array.from({ length: pair.num_sources }, (_, index) => {
     const name = pair.num_sources > 1 ? `source ${index + 1}` : "source";
     const figure = element("figure", { className: "card" });
     const image = element("img", { alt: name });
-    figure.append(image, element("figcaption", { textContent: name }));
+    const well = element("div", { className: "well" });
+    well.append(image);
+    figure.append(well, element("figcaption", { textContent: name }));
     return [figure, image, `source-${index}`];
   });
   at("sources").replaceChildren(...sources.map(([figure]) => figure));
-  at("sources").classList.toggle("several", sources.length > 1);
+  at("sources").style.setProperty("--sources", sources.length);
   const images = [...sources.map(([, image, name]) => [image, name]), ...Object.entries(sides).map(([name, side]) => [side.querySelector("img"), name])];
   try {
     await Promise.all(images.map(([image, name]) => load(image, `pictures/${number}/${name}`)));
   } catch {
     tell("A picture of this pair cannot be shown: it is broken, or the server has ended. A broken one is invalid (x).");
   }
-  if (shown !== number) return;
-  isBusy = false;
+  setBusy(false);
   window.scrollTo(0, 0);
-  for (let side of ["left", "right"]) new Image().src = `pictures/${following(number)}/${side}`; // no wait at the next pair
+  const coming = following(number);
+  if (coming < state.pairs.length) for (const side of ["left", "right"]) new Image().src = `pictures/${coming}/${side}`; // no wait there
 }
 
 async function load(image, source) {
@@ -138,15 +141,14 @@ async function give(label, reason = null) {
     return;
   }
   const scores = label === "invalid" || left === undefined ? null : { left, right };
-  isBusy = true;
+  setBusy(true);
   try {
     await ask("votes", { pair_id: pair.pair_id, label, scores, reason });
   } catch (error) {
-    isBusy = false;
+    setBusy(false);
     tell(`Not saved: ${error.message} The vote is not lost: press its key again.`);
     return;
   }
-  at("note").hidden = true;
   pair.vote = { label, scores, reason };
   drafts.delete(shown);
   skipped.delete(shown);
@@ -193,7 +195,7 @@ function pressed(event) {
   const key = /^Key[A-Z]$/.test(event.code) && !/^[a-z]$/i.test(event.key) ? event.code.at(-1).toLowerCase() : event.key;
   if (document.querySelector("dialog[open]")) {
     if (key === "?") at("keys").close();
-    else if (at("reasons").open && digit) at("reason-list").children[Number(digit) - 1]?.click();
+    else if (at("reasons").open && digit) at("reason-list").querySelector(`:not([hidden]):nth-child(${digit})`)?.click();
     return;
   }
   const onPage = shown < state.pairs.length;
@@ -211,6 +213,11 @@ function pressed(event) {
   if (!action) return;
   event.preventDefault();
   action();
+}
+
+function setBusy(value) {
+  isBusy = value;
+  at("pair").setAttribute("aria-busy", value);
 }
 
 function say(text) { at("status").textContent = text; }

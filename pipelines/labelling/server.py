@@ -13,13 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from model_core.documents import UserError
 from pipelines.labelling.session import LabellingSession
 
 ADDRESS = "127.0.0.1"
 NAMES = (ADDRESS, "localhost")  # that a browser may call it by; any port, which a tunnel changes
+ANY_BYTES = "application/octet-stream"
 MAX_VOTE_BYTES = 64 * 1024
 PAGE_FILES = {  # by path: package, file, type
     "": ("pipelines.labelling", "page.html", "text/html; charset=utf-8"),
@@ -28,7 +29,6 @@ PAGE_FILES = {  # by path: package, file, type
     "report.css": ("model_core.evaluation", "templates/report.css", "text/css; charset=utf-8"),
 }
 HEADERS = {
-    "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -87,9 +87,9 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
         """Silent: the terminal is the user's."""
 
-    def _answer(self, handle: Callable[[str], tuple[bytes, str]]) -> None:
+    def _answer(self, handle: Callable[[], tuple[bytes, str]]) -> None:
         try:
-            content, kind = handle(self._path())
+            content, kind = handle()
             self._send(HTTPStatus.OK, content, kind)
         except Refused as error:
             self._refuse(error.status, str(error))
@@ -109,7 +109,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(HTTPStatus.NOT_FOUND, "there is nothing here; the page is at the address that the command printed")
         return path
 
-    def _get(self, path: str) -> tuple[bytes, str]:
+    def _get(self) -> tuple[bytes, str]:
+        path = self._path()
         if path in PAGE_FILES:
             package, name, kind = PAGE_FILES[path]
             return files(package).joinpath(name).read_bytes(), kind
@@ -123,11 +124,9 @@ class Handler(BaseHTTPRequestHandler):
                 return picture, picture_type(picture)
         raise Refused(HTTPStatus.NOT_FOUND, f"there is no {path!r} here")
 
-    def _post(self, path: str) -> tuple[bytes, str]:
-        length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdecimal()) or int(length) > MAX_VOTE_BYTES:
-            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"found a body of {length or 'unknown'} bytes; allowed are {MAX_VOTE_BYTES}")
-        body = self.rfile.read(int(length))
+    def _post(self) -> tuple[bytes, str]:
+        body = self._body()  # before anything is refused: a connection that is closed over unread bytes loses its answer
+        path = self._path()
         if path != "votes":
             raise Refused(HTTPStatus.NOT_FOUND, f"there is no {path!r} here")
         if self.headers.get_content_type() != "application/json":
@@ -141,13 +140,21 @@ class Handler(BaseHTTPRequestHandler):
         except OSError as error:
             raise Refused(HTTPStatus.INSUFFICIENT_STORAGE, f"the vote could not be written ({error.strerror})") from error
 
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdecimal()) or int(length) > MAX_VOTE_BYTES:
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"found a body of {length or 'unknown'} bytes; allowed are {MAX_VOTE_BYTES}")
+        return self.rfile.read(int(length))
+
     def _refuse(self, status: HTTPStatus, sentence: str) -> None:
-        self.close_connection = True  # what is left of the request is not read
+        self.close_connection = True
         self._send(status, *as_json({"error": sentence}))
 
     def _send(self, status: HTTPStatus, content: bytes, kind: str) -> None:
         self.send_response(status)
-        for name, value in (HEADERS | {"Content-Type": kind, "Content-Length": str(len(content))}).items():
+        # A picture stays what it is for as long as its address is known, so the next pair can be fetched ahead.
+        cache = "private, max-age=3600" if kind.startswith("image/") else "no-store"
+        for name, value in (HEADERS | {"Cache-Control": cache, "Content-Type": kind, "Content-Length": str(len(content))}).items():
             self.send_header(name, value)
         if self.close_connection:
             self.send_header("Connection", "close")
@@ -161,6 +168,9 @@ def as_json(value: Any) -> tuple[bytes, str]:
 
 
 def picture_type(picture: bytes) -> str:
-    """The media type of a picture file, by its first bytes."""
-    with Image.open(io.BytesIO(picture)) as image:
-        return image.get_format_mimetype() or "application/octet-stream"
+    """The media type of a picture file, by its first bytes; that of any bytes where it is none, for the page to say so."""
+    try:
+        with Image.open(io.BytesIO(picture)) as image:
+            return image.get_format_mimetype() or ANY_BYTES
+    except UnidentifiedImageError:
+        return ANY_BYTES

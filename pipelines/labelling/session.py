@@ -94,7 +94,7 @@ class LabellingSession:
             raise UserError(f"vote: found pair {pair_id!r}; allowed are the pairs that are shown")
         if label not in LABELS:
             raise UserError(f"vote: found label {label!r}; allowed are {', '.join(LABELS)}")
-        if (reason not in INVALID_REASONS) if label == "invalid" else (reason is not None):
+        if (reason not in tuple(INVALID_REASONS)) if label == "invalid" else (reason is not None):
             raise UserError(f"vote: found reason {reason!r}; allowed is, of an invalid pair alone, one of {', '.join(INVALID_REASONS)}")
         if scores is not None and not is_scores(scores):
             raise UserError(f"vote: found scores {scores!r}; allowed are left and right from 1 to {len(SCALE)}, or none")
