@@ -11,6 +11,7 @@ from model_core.documents import UserError
 from model_core.recipe import DIMENSIONS, Dimension
 
 VoteLabel = Literal["a", "b", "tie", "invalid"]
+SCALE = (1, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,26 @@ def parse_vote(line: bytes, where: str) -> Vote:
         document: Any = json.loads(line)
     except ValueError as error:
         raise UserError(f"{where}: not JSON ({error})") from error
-    names = set(Vote.__dataclass_fields__)
-    if not isinstance(document, dict) or set(document) != names:
-        raise UserError(f"{where}: found other fields than a vote's, which are {', '.join(sorted(names))}")
-    if document["rubric_version"] != RUBRIC_VERSION:
-        raise UserError(f"{where}: found rubric version {document['rubric_version']!r}; allowed is {RUBRIC_VERSION!r}")
-    if document["label"] not in get_args(VoteLabel) or document["dimension"] not in DIMENSIONS:
-        raise UserError(f"{where}: found label {document['label']!r} of {document['dimension']!r}")
+    names = Vote.__dataclass_fields__
+    if not isinstance(document, dict) or set(document) != set(names):
+        found = ", ".join(map(repr, document)) if isinstance(document, dict) else type(document).__name__
+        raise UserError(f"{where}: found {found}; allowed are a vote's fields {', '.join(names)}")
+    for name in ("pair_id", "annotator", "time"):
+        if not isinstance(document[name], str) or not document[name]:
+            raise UserError(f"{where}: {name}: found {document[name]!r}; allowed is a text")
+    if not isinstance(document["reason"], str | None):
+        raise UserError(f"{where}: reason: found {document['reason']!r}; allowed is a text or null")
+    for name, allowed in (("dimension", DIMENSIONS), ("label", get_args(VoteLabel)), ("rubric_version", (RUBRIC_VERSION,))):
+        if document[name] not in allowed:
+            raise UserError(f"{where}: {name}: found {document[name]!r}; allowed are {', '.join(allowed)}")
+    scores, (least, most) = document["scores"], SCALE
+    if scores is not None:
+        whole = isinstance(scores, dict) and set(scores) == {"a", "b"} and all(type(score) is int for score in scores.values())
+        if not whole or not all(least <= score <= most for score in scores.values()):
+            raise UserError(f"{where}: scores: found {scores!r}; allowed are whole numbers a and b from {least} to {most}, or null")
     return Vote(**document)
+
+
+def parse_votes(data: bytes, where: str) -> list[Vote]:
+    """The votes of a file; empty lines are passed over. Raises UserError that names the line."""
+    return [parse_vote(line, f"{where}: line {number}") for number, line in enumerate(data.splitlines(), 1) if line.strip()]

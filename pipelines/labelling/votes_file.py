@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from threading import Lock
 
-from model_core.data.votes import Vote, parse_vote, vote_line
+from model_core.data.votes import Vote, parse_vote, parse_votes, vote_line
 from model_core.documents import UserError
 from model_core.storage.file import sync
 
@@ -64,17 +64,16 @@ class VotesFile:
             ) from error
         data = self.path.read_bytes()
         whole, newline, last = data.rpartition(b"\n")
-        lines = whole.split(b"\n") if newline else []
-        votes = [parse_vote(line, f"votes {self.path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        votes = parse_votes(whole, f"votes {self.path}")
         if last:
-            votes += self._repair(last, keep=len(whole + newline), number=len(lines) + 1)
+            votes += self._repair(last, keep=len(whole + newline))
         sync(self.path.parent)
         return votes
 
-    def _repair(self, last: bytes, *, keep: int, number: int) -> list[Vote]:
+    def _repair(self, last: bytes, *, keep: int) -> list[Vote]:
         """Ends a last line that lacks its newline alone, and moves any other out of the way."""
         if is_json(last):
-            vote = parse_vote(last, f"votes {self.path}: line {number}")
+            vote = parse_vote(last, f"votes {self.path}: last line")
             self._write(b"\n")
             self.repaired = f"the last line of {self.path} had no end; its vote is whole and counts"
             return [vote]

@@ -97,7 +97,7 @@ def test_taken_port_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch, caps
 def test_votes_of_another_rubric_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     commit_preferences(find_site("local"), PAIRS)
     Path("old.jsonl").write_text(json.dumps(asdict(VOTE) | {"rubric_version": "0"}) + "\n")
-    refusal(monkeypatch, capsys, "r", "--votes", "old.jsonl", words=("old.jsonl", "line 1", "'0'", f"'{RUBRIC_VERSION}'"))
+    refusal(monkeypatch, capsys, "r", "--votes", "old.jsonl", words=("old.jsonl", "line 1", "'0'", RUBRIC_VERSION))
 
 
 def test_votes_that_cannot_be_written_are_refused(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

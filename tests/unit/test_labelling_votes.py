@@ -120,7 +120,7 @@ def test_second_page_on_the_same_file_is_refused(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "another rubric version": (json.dumps(json.loads(vote_line(VOTE)) | {"rubric_version": "0"}).encode(), ("line 2", "'0'", "'1'")),
+    "another rubric version": (json.dumps(json.loads(vote_line(VOTE)) | {"rubric_version": "0"}).encode(), ("line 2", "'0'", "1")),
     "no JSON": (b"{", ("line 2",)),
     "no vote": (b"[]", ("line 2",)),
 }
