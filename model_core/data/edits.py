@@ -34,6 +34,7 @@ Value = TypeVar("Value")
 
 PHOTO_OPERATIONS = ("multi_reference", "restoration", "style")
 STYLES = ("black and white", "sepia")
+REPAIR_WORDINGS = {"noise": ("remove the noise", "clean up the noisy image"), "blur": ("sharpen the blurred image", "remove the blur")}
 NUM_SECONDS = 20  # second scenes tried for one multi-reference edit
 SEPIA = ((0.393, 0.769, 0.189), (0.349, 0.686, 0.168), (0.272, 0.534, 0.131))  # the usual matrix of image editors
 LUMA = (0.299, 0.587, 0.114)  # Rec. 601
@@ -86,7 +87,7 @@ def edit_scene(operation: str, scene: Scene, config: Scenes, generator: np.rando
         return Edit(
             references=[source],
             target=styled(source, style),
-            instruction=_style_wording(style, generator),
+            instruction=_one_of(style_wordings(style), generator),
             caption=_styled_caption(scene, style),
             notes=notes,
         )
@@ -96,15 +97,15 @@ def edit_scene(operation: str, scene: Scene, config: Scenes, generator: np.rando
         return Edit(references=[damaged], target=source, instruction=instruction, caption=describe(scene, wording), notes=notes)
     if operation == "multi_reference":
         return _scene_from_two(scene, config, generator, *jitter_key)
-    changes = [change for change in _changes(operation, scene, config) if not is_held_out(replace(scene, **change), config.held_out_share)]
-    if not changes:
+    possible = [change for change in changes(operation, scene, config) if not is_held_out(replace(scene, **change), config.held_out_share)]
+    if not possible:
         return None
-    ((attribute, value),) = _one_of(changes, generator).items()
+    ((attribute, value),) = _one_of(possible, generator).items()
     result = replace(scene, **{attribute: value})
     return Edit(
         references=[source],
         target=render(result, config.size_px, *jitter_key),
-        instruction=_one_of(_wordings(scene, attribute, value), generator),
+        instruction=_one_of(change_wordings(scene, attribute, value), generator),
         caption=describe(result, wording),
         notes=_notes(
             operation, scene, result, attribute=attribute, before=getattr(scene, attribute), after=value, region=_region(attribute)
@@ -119,7 +120,7 @@ def edit_photo(
     if operation == "style":
         style = _one_of(STYLES, generator)
         notes = _notes(operation, None, None, attribute="style", before="", after=style, region="all")
-        instruction = _style_wording(style, generator)
+        instruction = _one_of(style_wordings(style), generator)
         return Edit(
             references=[photo], target=styled(photo, style), instruction=instruction, caption=f"a {style} picture: {caption}", notes=notes
         )
@@ -160,13 +161,17 @@ def styled(image: Image.Image, style: str) -> Image.Image:
 
 def damage_of(image: Image.Image, generator: np.random.Generator) -> tuple[str, Image.Image, str]:
     """(name, damaged picture, instruction that asks for the undamaged one)."""
-    if generator.random() < 0.5:
+    damage = "noise" if generator.random() < 0.5 else "blur"
+    return damage, with_damage(image, damage, generator), _one_of(REPAIR_WORDINGS[damage], generator)
+
+
+def with_damage(image: Image.Image, damage: str, generator: np.random.Generator) -> Image.Image:
+    """The picture with noise or blur of a drawn strength."""
+    if damage == "noise":
         sigma = generator.uniform(*NOISE_SIGMA)
         pixels = np.asarray(image, dtype=np.float64)
-        noisy = (pixels + sigma * generator.standard_normal(pixels.shape)).round().clip(0, 255).astype(np.uint8)
-        return "noise", Image.fromarray(noisy), _one_of(("remove the noise", "clean up the noisy image"), generator)
-    radius = generator.uniform(*BLUR_RADIUS) * max(image.size) / 64
-    return "blur", image.filter(ImageFilter.GaussianBlur(radius)), _one_of(("sharpen the blurred image", "remove the blur"), generator)
+        return Image.fromarray((pixels + sigma * generator.standard_normal(pixels.shape)).round().clip(0, 255).astype(np.uint8))
+    return image.filter(ImageFilter.GaussianBlur(generator.uniform(*BLUR_RADIUS) * max(image.size) / 64))
 
 
 def color_transfer(image: Image.Image, palette: Image.Image) -> Image.Image:
@@ -186,22 +191,20 @@ def _scene_from_two(scene: Scene, config: Scenes, generator: np.random.Generator
         result = replace(scene, **{attribute: value})
         if not value or result == scene or is_held_out(result, config.held_out_share):
             continue
-        thing = "the background" if attribute == "background" else f"the {attribute}"
-        wordings = (f"use {thing} of the second image in the first image", f"give the first image {thing} of the second image")
         notes = _notes(
             "multi_reference", scene, result, attribute=attribute, before=getattr(scene, attribute), after=value, region=_region(attribute)
         )
         return Edit(
             references=[render(scene, config.size_px, *jitter_key), render(other, config.size_px, *jitter_key, "second")],
             target=render(result, config.size_px, *jitter_key),
-            instruction=_one_of(wordings, generator),
+            instruction=_one_of(reference_wordings(attribute), generator),
             caption=describe(result, int(generator.integers(NUM_WORDINGS))),
             notes=notes | {"second": other.to_dict()},
         )
     return None
 
 
-def _changes(operation: str, scene: Scene, config: Scenes) -> list[dict[str, str]]:
+def changes(operation: str, scene: Scene, config: Scenes) -> list[dict[str, str]]:
     """The single changes of an operation, as fields to replace."""
     if operation == "attribute":
         colors = [{"color": name} for name in COLORS if name != scene.color]
@@ -214,7 +217,8 @@ def _changes(operation: str, scene: Scene, config: Scenes) -> list[dict[str, str
     return [{"text": text} for text in texts if text != scene.text]
 
 
-def _wordings(scene: Scene, attribute: str, value: str) -> tuple[str, ...]:
+def change_wordings(scene: Scene, attribute: str, value: str) -> tuple[str, ...]:
+    """Instructions that ask for `value` in place of the scene's own."""
     if attribute == "color":
         return f"change the {scene.color} {scene.shape} to {value}", f"make the {scene.shape} {value}"
     if attribute == "shape":
@@ -231,8 +235,14 @@ def _wordings(scene: Scene, attribute: str, value: str) -> tuple[str, ...]:
     return f"change the text to {value}", f"change the text {scene.text} to {value}"
 
 
-def _style_wording(style: str, generator: np.random.Generator) -> str:
-    return _one_of((f"make it {style}", f"turn it into a {style} picture"), generator)
+def reference_wordings(attribute: str) -> tuple[str, ...]:
+    """Instructions that ask for an attribute of the second picture."""
+    return f"use the {attribute} of the second image in the first image", f"give the first image the {attribute} of the second image"
+
+
+def style_wordings(style: str) -> tuple[str, ...]:
+    """Instructions that ask for a style."""
+    return f"make it {style}", f"turn it into a {style} picture"
 
 
 def _styled_caption(scene: Scene, style: str) -> str:
