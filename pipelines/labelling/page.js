@@ -1,6 +1,7 @@
 "use strict";
 
 const SMALL_PX = 256; // pictures of fewer pixels a side are shown with their pixels
+const STEP_PX = 80; // that Shift and an arrow moves pictures of actual size
 const at = (id) => document.getElementById(id);
 const sides = { left: at("left"), right: at("right") };
 
@@ -175,6 +176,23 @@ function back() {
   show(number, { trace: false });
 }
 
+/** Pictures at their own size, moved together, or whole. */
+function magnify() {
+  const isOn = at("pair").classList.toggle("magnified");
+  press(at("magnify"), isOn);
+  say(isOn ? "Actual size: Shift and an arrow moves both pictures." : "");
+}
+
+/** Moves all pictures to where `leader` is, by its share of the way, for they may differ in size. */
+function follow(leader) {
+  for (const well of document.querySelectorAll(".well")) {
+    for (const [place, whole, seen] of [["scrollTop", "scrollHeight", "clientHeight"], ["scrollLeft", "scrollWidth", "clientWidth"]]) {
+      const target = (leader[place] / Math.max(1, leader[whole] - leader[seen])) * (well[whole] - well[seen]);
+      if (well !== leader && Math.abs(well[place] - target) > 1) well[place] = target;
+    }
+  }
+}
+
 async function ask(path, body) {
   const options = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
   let response;
@@ -189,7 +207,8 @@ async function ask(path, body) {
 }
 
 function pressed(event) {
-  if (event.ctrlKey || event.altKey || event.metaKey || event.repeat || event.isComposing || !state) return;
+  if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing || !state) return;
+  if (event.repeat && !event.shiftKey) return; // a key that is held down is one vote
   const digit = /^(?:Digit|Numpad)(\d)$/.exec(event.code)?.[1]; // the place of the key: with Shift its character is another
   // Of keyboards without Latin letters the key's place counts.
   const key = /^Key[A-Z]$/.test(event.code) && !/^[a-z]$/i.test(event.key) ? event.code.at(-1).toLowerCase() : event.key;
@@ -198,10 +217,16 @@ function pressed(event) {
     else if (at("reasons").open && digit) at("reason-list").querySelector(`:not([hidden]):nth-child(${digit})`)?.click();
     return;
   }
+  if (event.shiftKey && event.key.startsWith("Arrow")) {
+    const [x, y] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+    sides.left.querySelector(".well").scrollBy(STEP_PX * x, STEP_PX * y);
+    event.preventDefault();
+    return;
+  }
   const onPage = shown < state.pairs.length;
   const actions = {
     ArrowLeft: () => give("left"), ArrowRight: () => give("right"), "=": () => give("tie"), t: () => give("tie"),
-    x: () => isBusy || at("reasons").showModal(), n: next, "?": () => at("keys").showModal(), Backspace: back,
+    x: () => isBusy || at("reasons").showModal(), n: next, z: magnify, "?": () => at("keys").showModal(), Backspace: back,
   };
   let action = actions[key.length === 1 ? key.toLowerCase() : key];
   if (!onPage && key !== "Backspace" && key !== "?") action = undefined;
@@ -232,6 +257,8 @@ for (const button of document.querySelectorAll("dialog .close")) button.addEvent
 at("invalid").addEventListener("click", () => isBusy || at("reasons").showModal());
 at("keys").addEventListener("click", (event) => event.target === at("keys") && at("keys").close());
 at("help").addEventListener("click", () => at("keys").showModal());
+at("magnify").addEventListener("click", magnify);
+document.addEventListener("scroll", (event) => event.target.classList?.contains("well") && follow(event.target), true);
 at("next").addEventListener("click", next);
 at("back").addEventListener("click", back);
 at("review").addEventListener("click", back);

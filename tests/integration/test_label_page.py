@@ -67,7 +67,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     pairs = [waiting_pair(index) for index in range(NUM_PAIRS)]
-    commit_preferences(find_site("local"), [*pairs, *(waiting_edit(index, num_sources=1 + index % 2) for index in range(3))])
+    edits = [waiting_edit(index, num_sources=1 + index % 2) for index in range(3)]
+    commit_preferences(find_site("local"), [*pairs, *edits, waiting_pair(0, dimension="aesthetics", size_px=1600)])
     return tmp_path
 
 
@@ -214,6 +215,18 @@ def test_edits_are_shown_with_their_sources_and_by_keyboard_alone(browser: Page,
         assert browser.eval("[...document.images].every((image) => image.alt && image.naturalWidth == 64)")
         labels(browser, labelling, [("x", False), ("5", False)])
     assert all(pair["vote"]["reason"] == "source" for pair in state(browser)["pairs"])
+
+
+def test_pictures_of_actual_size_are_moved_together_and_that_is_no_vote(browser: Page, label: Any, here: Path) -> None:
+    opened(browser, label("--dimension", "aesthetics").url)
+    browser.press("z")
+    for _ in range(3):
+        browser.press("ArrowRight", shift=True)
+    browser.wait("[...document.querySelectorAll('.well')].every((well) => well.scrollLeft == 240)")
+    assert browser.eval("document.querySelector('#left img').width") == 1600
+    assert lines(here) == []
+    browser.press("z")
+    assert browser.eval("document.querySelector('#left img').width") < 1600
 
 
 def test_one_score_alone_is_not_sent(browser: Page, label: Any, here: Path) -> None:
