@@ -248,6 +248,8 @@ def test_server_killed_while_people_label_loses_no_vote_that_the_page_took(brows
         for _ in range(1 + sitting):
             labels(browser, labelling, [("ArrowRight", False)])
         taken += 1 + sitting
+        if sitting:
+            labelling.process.send_signal(signal.SIGSTOP)  # the vote reaches a server that does not answer any more
         browser.press("ArrowRight")  # in the midst of which the server is killed
         labelling.kill()
         browser.wait(f"!document.getElementById('note').hidden || document.getElementById('count').textContent.startsWith('{taken + 1} ')")
@@ -259,7 +261,7 @@ def test_server_killed_while_people_label_loses_no_vote_that_the_page_took(brows
             file.write('{"pair_id": "pair-0')
     final = label()
     assert final.labelled == taken
-    assert 6 <= taken <= 9
+    assert 6 <= taken <= 7
     assert (here / "votes.jsonl.torn").read_text() == 3 * '{"pair_id": "pair-0\n'
     _, said = final.end()
     assert "torn" in said
