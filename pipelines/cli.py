@@ -173,6 +173,41 @@ def report(
     _show(card(run or newest_run(where), where, as_json=as_json, site_name=site))
 
 
+@app.command(epilog="Example: darkroom label demo-20261121-093000 --dimension aesthetics --votes votes.jsonl")
+def label(
+    preferences: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_MANIFEST", help="A run's name, or path or uri of the manifest.json of its pairs or its folder."),
+    ],
+    site: SiteName = DEFAULT_SITE,
+    dimension: Annotated[
+        str, typer.Option("--dimension", help="aesthetics, alignment, portrait, instruction_following or visual_consistency.")
+    ] = "alignment",
+    annotator: Annotated[str | None, typer.Option("--annotator", metavar="NAME", help="Whose votes; the account's when not given.")] = None,
+    votes: Annotated[Path, typer.Option("--votes", metavar="FILE", help="The JSON Lines file that votes are added to.")] = Path(
+        "votes.jsonl"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of this machine to serve on; 0 takes a free one.")] = 0,
+    all_pairs: Annotated[bool, typer.Option("--all", help="Shows pairs that have a label already, too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Opens a page on which a person says of each pair of pictures which is the better; every vote is kept at once."""
+    where = find_site(site)
+    from pipelines.labelling import command
+
+    command.label(
+        where,
+        preferences,
+        dimension=dimension,
+        annotator=annotator,
+        votes=votes,
+        port=port,
+        all_pairs=all_pairs,
+        say=lambda line: typer.echo(line, err=as_json),
+        on_opened=lambda opened: _show(asdict(opened) if as_json else command.opened_text(opened)),
+    )
+
+
 @app.command(epilog="Example: darkroom ui --port 5001")
 def ui(
     site: SiteName = DEFAULT_SITE,

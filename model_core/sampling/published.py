@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from PIL import Image
 
 from model_core.data.buckets import bucket
 from model_core.documents import UserError
 from model_core.evaluation.drawing import Painter, Request, draw, open_painter
-from model_core.manifest import FILE_NAME, Manifest, parse_manifest
 from model_core.models.condition import multiple_px, sees_images
 from model_core.recipe import Sampling
-from model_core.run_record import read_run, read_steps
+from model_core.results import find_result
 from model_core.site import Site
-from model_core.storage import NotFoundError, open_storage
 from model_core.workspace import Address, InputFolder, Workspace
 
 STEP = "register_model"
@@ -78,9 +75,7 @@ def find_published(site: Site, model: str) -> PublishedModel:
     Raises UserError when there is no such model, or a part is missing or not the one that was registered.
     """
     workspace = Workspace(site)
-    manifest = find_manifest(site, workspace, model)
-    if manifest.step != STEP:
-        raise UserError(f"model {model}: found the result of {manifest.step}; allowed is that of {STEP}")
+    manifest = find_result(workspace, model, step=STEP, what="model", missing="this run has not registered a model yet")
     registered = InputFolder(manifest, site=site)
     document = registered.read_json("model.json")
     # A manifest from elsewhere brings its own workspace: its parts lie beside it.
@@ -94,23 +89,3 @@ def find_published(site: Site, model: str) -> PublishedModel:
             raise UserError(f"model {model}: its part {name}, {beside.uri}/{part['step']}/{part['key']}, {problem}")
         parts[name] = InputFolder(found, site=site)
     return PublishedModel(parts, Sampling.model_validate(document["sampling"]), document["resolution_px"])
-
-
-def find_manifest(site: Site, workspace: Workspace, model: str) -> Manifest:
-    """The manifest that `model` names; raises UserError when there is none."""
-    if "/" not in model:
-        read_run(workspace.storage, model)
-        records = [record for record in read_steps(workspace.storage, model) if record.step == STEP]
-        found = workspace.find(Address(STEP, None, records[0].key)) if records else None
-        if found is None:
-            raise UserError(f"model {model}: this run has not registered a model yet")
-        return found
-    uri = model.removesuffix("/").removesuffix("/" + FILE_NAME)
-    if "://" not in uri:
-        uri = Path(uri).expanduser().resolve().as_uri()
-    try:
-        return parse_manifest(open_storage(uri, site.s3).get(FILE_NAME), f"{uri}/{FILE_NAME}")
-    except NotFoundError as error:
-        raise UserError(
-            f"model {model}: there is no {FILE_NAME} at {uri}; allowed are a run's name and a published model's folder"
-        ) from error

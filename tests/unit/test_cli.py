@@ -25,7 +25,7 @@ from pipelines.documents import find_recipe, find_site
 from pipelines.output import StepLines
 from pipelines.run import run_name
 
-COMMANDS = ("run", "plan", "compile", "sample", "export", "report", "ui", "verify", "gc", "doctor")
+COMMANDS = ("run", "plan", "compile", "sample", "export", "report", "label", "ui", "verify", "gc", "doctor")
 KEY = "0123456789abcdef"
 
 
