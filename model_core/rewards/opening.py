@@ -39,14 +39,17 @@ def open_scorer(site: Site, rewards: Sequence[str], *, local: Callable[[], Seque
 
 def model_scorers(rewards: Sequence[str], inputs: Mapping[str, InputFolder], *, scenes: Scenes, device: Any) -> list[Scorer]:
     """Local scorers with the reward models among a step's inputs that `rewards` need. Raises UserError for a model that is not there."""
-    from model_core.models.reward import RewardScorer, load_reward
-
     needed = [name for name in DIMENSIONS if name in rewards or (name == INSTRUCTION and CONSISTENCY in rewards)]
     missing = [name for name in needed if name not in inputs]
     if missing:
         raise UserError(f"rewards: found no reward model of {', '.join(missing)} among the inputs; allowed are those that there are")
-    models = [RewardScorer(load_reward(inputs[name].folder("reward")).to(device)) for name in needed]
-    return local_scorers(rewards, scenes=scenes, models=models)
+    return local_scorers(rewards, scenes=scenes, models=[_open_model(inputs[name], device) for name in needed])
+
+
+def _open_model(result: InputFolder, device: Any) -> Scorer:
+    from model_core.models.reward import RewardScorer, load_reward  # rules alone need no trunk
+
+    return RewardScorer(load_reward(result.folder("reward")).to(device))
 
 
 def local_scorers(rewards: Sequence[str], *, scenes: Scenes, models: Sequence[Scorer]) -> list[Scorer]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from model_core.objectives.grpo import Replay, dppo_loss, gaussian_kl, guarded_log_ratio, log_prob, log_ratio, ppo_loss
 from model_core.recipe import GuidanceMode
+from model_core.sampling.rollout import Trajectories
+from model_core.sampling.sde import Transition
 
 FULL, HYBRID = GuidanceMode.FULL, GuidanceMode.CONDITIONAL
 
@@ -160,34 +161,24 @@ def test_actions_kept_in_bfloat16_would_shift_every_ratio() -> None:
         # Of each noise its negative too, so that the term linear in the error cancels and the bias is seen with few samples.
         policies = [Replay(drawn - sign * std * noise, stds(64, std), FULL) for sign in (1, -1)]
         shifts = [(log_prob(kept, policy, sde="flow_sde") - log_prob(drawn, policy, sde="flow_sde")).mean() for policy in policies]
-        assert math.isclose((sum(shifts) / 2).item(), expected, rel_tol=0.05)
+        assert math.isclose(torch.stack(shifts).mean().item(), expected, rel_tol=0.05)
 
 
 def test_means_under_different_guidance_have_no_ratio() -> None:
     new, old = (Replay(normal(1, 2, 3), stds(1), mode) for mode in (HYBRID, FULL))
-    for compare in (
-        lambda: log_ratio(new.mean, new, old, sde="flow_sde"),
-        lambda: guarded_log_ratio(new.mean, new, old),
-        lambda: gaussian_kl(new, old),
-    ):
-        with pytest.raises(TypeError, match="conditional and full"):
-            compare()
+    with pytest.raises(TypeError, match="conditional and full"):
+        log_ratio(new.mean, new, old, sde="flow_sde")
+    with pytest.raises(TypeError, match="conditional and full"):
+        guarded_log_ratio(new.mean, new, old)
+    with pytest.raises(TypeError, match="conditional and full"):
+        gaussian_kl(new, old)
 
 
-def test_a_guided_rollout_in_place_of_a_replay_does_not_type_check(tmp_path: Path) -> None:
-    from mypy import api
-
-    snippet = tmp_path / "snippet.py"
-    snippet.write_text(
-        "from model_core.objectives.grpo import Replay, log_ratio\n"
-        "from model_core.sampling.rollout import Trajectories\n"
-        "from model_core.sampling.sde import Transition\n"
-        "def right(new: Replay, old: Replay, kept: Trajectories) -> None:\n"
-        "    log_ratio(kept.actions, new, old, sde='flow_sde')\n"
-        "def wrong(new: Replay, drawn: Transition, kept: Trajectories) -> None:\n"
-        "    log_ratio(kept.actions, new, drawn, sde='flow_sde')\n"
-        "    log_ratio(kept.actions, new, kept, sde='flow_sde')\n"
-    )
-    report, _, code = api.run([str(snippet), "--follow-imports=silent", "--ignore-missing-imports", "--cache-dir", str(tmp_path / "cache")])
-    assert code == 1
-    assert [line.split(":")[1] for line in report.splitlines() if "error" in line and "snippet.py" in line] == ["7", "8"]
+def test_what_a_rollout_drew_around_is_no_old_policy() -> None:
+    """The type checker refuses both calls, and complains of these comments where it does not; run time does too."""
+    new, drawn = Replay(normal(1, 2, 3), stds(1), HYBRID), Transition(normal(1, 2, 3), stds(1))
+    kept = Trajectories(normal(1, 1, 2, 3), normal(1, 1, 2, 3), torch.ones(1, 1), torch.zeros(1, 1), normal(1, 2, 3))
+    with pytest.raises(AttributeError):
+        log_ratio(new.mean, new, drawn, sde="flow_sde")  # type: ignore[arg-type]
+    with pytest.raises(AttributeError):
+        log_ratio(new.mean, new, kept, sde="flow_sde")  # type: ignore[arg-type]
