@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from model_core.documents import UserError, canonical_digest, describe, override, read_document
 from model_core.recipe_alignment import (
     DIMENSIONS,
+    EDIT_DIMENSIONS,
     GRPO,
     SDE,
     Alarms,
@@ -32,6 +33,7 @@ from model_core.recipe_data import (
     Count,
     Data,
     Edits,
+    Guard,
     Kind,
     LatentPixels,
     NonNegative,
@@ -45,6 +47,7 @@ from model_core.recipe_models import VAE, Encoder, MMDiTModel, VAEModel
 
 __all__ = [
     "DIMENSIONS",
+    "EDIT_DIMENSIONS",
     "GRPO",
     "SDE",
     "VAE",
@@ -116,16 +119,6 @@ class Stage(Section):
         if "image" not in self.kinds and edit + text < 1.0:
             raise ValueError(f"kinds {self.kinds} leave the share {1.0 - edit - text:.3g} to images, which are not among them")
         return self
-
-
-class Guard(Section):
-    """What a training loop does about losses that are not finite or that spike (ours); docs/reference/training.md tells it in full."""
-
-    window: Annotated[int, Field(ge=4)] = 64  # good steps that a loss is compared with
-    spike_deviations: PositiveFloat = 8.0  # robust standard deviations above the median that make a spike
-    spike_floor: PositiveFloat = 0.5  # and at least this share of the median above it
-    patience: Count = 4  # bad steps in a row before the weights go back to a checkpoint
-    max_rollbacks: NonNegative = 2  # returns to a checkpoint before the training stops
 
 
 class MMDiT(Section):

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from model_core.recipe_data import Count, NonNegative, PositiveFloat, Section, Share
+from model_core.recipe_data import Count, Guard, NonNegative, PositiveFloat, Section, Share
 
 Dimension = Literal["aesthetics", "alignment", "portrait", "instruction_following", "visual_consistency"]  # R1: five reward models
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
@@ -39,23 +39,35 @@ class RewardTrunk(Section):
     num_layers: Count = 2
     num_heads: Count = 4
     vision_layers: Count = 1
+    vision_hidden_size: Count = 64
     vocab_size: Annotated[int, Field(ge=300)] = 600
-    image_px: Annotated[int, Field(ge=32, multiple_of=32)] = 128  # side that pictures are scaled to before the trunk reads them
+    image_px: Annotated[int, Field(ge=32, multiple_of=32)] = 64  # side of the square that pictures are scaled into
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> RewardTrunk:
+        for name in ("hidden_size", "vision_hidden_size"):
+            if (width := getattr(self, name)) % (4 * self.num_heads):
+                raise ValueError(f"{name} {width} must be a multiple of 4 x num_heads, {4 * self.num_heads}")
+        return self
 
 
 class Reward(Section):
     """train_reward: one of five models on the same recipe."""
 
     trunk: RewardTrunk = RewardTrunk()
-    steps: Count = 400
-    batch_size: Count = 32  # pairs
-    lr: PositiveFloat = 1e-3
+    steps: Count = 600
+    batch_size: Count = 16  # pairs
+    lr: PositiveFloat = 2e-3
     warmup_steps: NonNegative = 20
+    decay_share: Share = 0.3  # of the steps, the last ones, over which the rate falls to 0 in a line (ours)
     weight_decay: NonNegativeFloat = 0.01
     grad_clip: PositiveFloat = 1.0
     pointwise_weight: NonNegativeFloat = 1.0  # expected score over 1..5, squared error (R4); 0: the pairwise loss alone
     pairwise_weight: NonNegativeFloat = 1.0  # Bradley-Terry with uncertainty and ties
+    caption_weight: NonNegativeFloat = 1.0  # log-likelihood of the prompt under pictures that are as it says, where that is the question
     tie_ratio: Annotated[float, Field(gt=1.0)] = 5.0  # Rao and Kupper's k: P(tie | equal) = (k - 1) / (k + 1); HPSv3's and EditReward's
+    # Losses of single pairs differ by orders of magnitude once most are told apart: only what is far above them is a spike (ours).
+    guard: Guard = Guard(spike_deviations=30.0, spike_floor=10.0)
     log_every_steps: Count = 20
     checkpoint_every_steps: Count = 100
 

@@ -32,6 +32,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+class Guard(Section):
+    """What a training loop does about losses that are not finite or that spike (ours); docs/reference/training.md tells it in full."""
+
+    window: Annotated[int, Field(ge=4)] = 64  # good steps that a loss is compared with
+    spike_deviations: PositiveFloat = 8.0  # robust standard deviations above the median that make a spike
+    spike_floor: PositiveFloat = 0.5  # and at least this share of the median above it
+    patience: Count = 4  # bad steps in a row before the weights go back to a checkpoint
+    max_rollbacks: NonNegative = 2  # returns to a checkpoint before the training stops
+
+
 class Scenes(Section):
     """Plain scenes that `synthetic://scenes` draws: one coloured shape at a place, and a letter with a digit (ours)."""
 

@@ -31,6 +31,7 @@ from model_core.models.vlm_input import (
     system_turn,
     user_turn,
     vision_patches,
+    widen_slots,
 )
 from model_core.recipe import CompressionRatio
 
@@ -125,16 +126,7 @@ class ConditionEncoder(nn.Module):
             raise UserError(f"prompt: found the mark of an image slot in {prompt[:60]!r}; allowed are condition images given as such")
         if len(tokens) - self._system_length > self.max_tokens and (own := len(self.token_ids(prompt))) > self.max_tokens:
             raise UserError(f"prompt: found {own} tokens; allowed are {self.max_tokens}")
-        ids: list[int] = []
-        segments: list[Segment] = []
-        remaining = iter(grids)
-        begin = 0
-        for place in [place for place, token in enumerate(tokens) if token == slot]:
-            rows, columns = next(remaining)
-            ids += [*tokens[begin:place], *[slot] * (rows * columns)]
-            segments += [place - begin, (rows, columns)]
-            begin = place + 1
-        return _Chat([*ids, *tokens[begin:]], [*segments, len(tokens) - begin])
+        return _Chat(*widen_slots(tokens, grids, slot=slot))
 
     def _segments(self, chat: _Chat) -> list[Segment]:
         """What the transformer reads of a chat: without the system turn, images in latents."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3
 
 from model_core.data.keys import keyed_generator
 from model_core.models.vlm_input import SPECIAL_TOKENS
-from model_core.recipe import Encoder
+from model_core.recipe import Encoder, RewardTrunk
 
 
 def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -35,15 +37,53 @@ def train_tokenizer(texts: Sequence[str], *, vocab_size: int) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def tiny_qwen3_vl(config: Encoder, *, num_tokens: int, seed: int) -> Qwen3VLForConditionalGeneration:
-    """A Qwen3-VL of the recipe's size with fresh weights keyed by `seed`; its vision tower is as small as it can be.
+@dataclass(frozen=True, kw_only=True)
+class TinyVision:
+    """A vision tower that is to be trained: patches of `patch_px`, four an image token, of pictures up to `image_px` a side."""
 
-    Token embeddings have unit variance: with the usual 0.02 the states of a small frozen model hardly tell words apart.
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    patch_px: int
+    image_px: int
+
+
+def tiny_qwen3_vl(
+    config: Encoder | RewardTrunk, *, num_tokens: int, seed: int, vision: TinyVision | None = None
+) -> Qwen3VLForConditionalGeneration:
+    """A Qwen3-VL of the recipe's size with fresh weights keyed by `seed`; without `vision` its tower is as small as it can be.
+
+    Token embeddings have unit variance: with the usual 0.02 the states of a small frozen model hardly tell words apart. With
+    `vision` the model is one to train: all weights keep a token's scale (deviation 1 / sqrt(width)), which 0.02 does for thousands
+    of channels and not for a hundred, and places stand out from patches as words do.
     """
     head_dim = config.hidden_size // config.num_heads
     half = head_dim // 2
     sections = [half - 2 * (half // 3), half // 3, half // 3]
     special = {name: index for index, name in enumerate(SPECIAL_TOKENS)}
+    vision_config: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": config.hidden_size,
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+    }
+    scale: dict[str, Any] = {}
+    if vision is not None:
+        scale = {"initializer_range": config.hidden_size**-0.5}
+        vision_config |= {
+            "depth": vision.num_layers,
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": 2 * vision.hidden_size,
+            "num_heads": vision.num_heads,
+            "deepstack_visual_indexes": [],
+            "num_position_embeddings": (vision.image_px // vision.patch_px) ** 2,
+            "patch_size": vision.patch_px,
+            "temporal_patch_size": 1,
+            "initializer_range": vision.hidden_size**-0.5,
+        }
     with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator, which is left as it was
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(
@@ -57,6 +97,7 @@ def tiny_qwen3_vl(config: Encoder, *, num_tokens: int, seed: int) -> Qwen3VLForC
                     "head_dim": head_dim,
                     "vocab_size": num_tokens,
                     "max_position_embeddings": 4096,
+                    **scale,
                     "rope_parameters": {
                         "rope_type": "default",
                         "rope_theta": 10_000.0,
@@ -64,15 +105,7 @@ def tiny_qwen3_vl(config: Encoder, *, num_tokens: int, seed: int) -> Qwen3VLForC
                         "mrope_interleaved": True,
                     },
                 },
-                vision_config={
-                    "depth": 1,
-                    "hidden_size": 32,
-                    "intermediate_size": 64,
-                    "num_heads": 2,
-                    "out_hidden_size": config.hidden_size,
-                    "deepstack_visual_indexes": [0],
-                    "num_position_embeddings": 16,
-                },
+                vision_config=vision_config,
                 image_token_id=special["<|image_pad|>"],
                 video_token_id=special["<|video_pad|>"],
                 vision_start_token_id=special["<|vision_start|>"],
@@ -80,6 +113,8 @@ def tiny_qwen3_vl(config: Encoder, *, num_tokens: int, seed: int) -> Qwen3VLForC
             )
         )
         nn.init.normal_(model.model.language_model.embed_tokens.weight)
+        if vision is not None:
+            nn.init.normal_(model.model.visual.pos_embed.weight)
     return model
 
 

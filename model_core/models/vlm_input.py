@@ -25,22 +25,37 @@ def user_turn(prompt: str, *, num_images: int = 0) -> str:
     return f"<|im_start|>user\n{slots}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def slot_grid(image: Tensor) -> tuple[int, int]:
+def slot_grid(image: Tensor, *, slot_px: int = SLOT_PX) -> tuple[int, int]:
     """Rows and columns of the image tokens of a (3, H, W) picture; raises ValueError unless both sides are multiples of 32."""
     height, width = image.shape[1:]
-    if height % SLOT_PX or width % SLOT_PX:
-        raise ValueError(f"a condition image has {height} x {width} px; allowed are multiples of {SLOT_PX}, which the VAE is given too")
-    return height // SLOT_PX, width // SLOT_PX
+    if height % slot_px or width % slot_px:
+        raise ValueError(f"a condition image has {height} x {width} px; allowed are multiples of {slot_px}, which the VAE is given too")
+    return height // slot_px, width // slot_px
 
 
-def vision_patches(image: Tensor, *, patch_px: int = 16, frames: int = 2) -> Tensor:
+def widen_slots(tokens: Sequence[int], grids: Sequence[tuple[int, int]], *, slot: int) -> tuple[list[int], list[Segment]]:
+    """A chat's tokens with each `slot` widened to as many as its picture has, and its segments: text tokens or (rows, columns).
+
+    `grids` are those of the pictures, one a slot, in order.
+    """
+    ids: list[int] = []
+    segments: list[Segment] = []
+    begin = 0
+    for place, (rows, columns) in zip([place for place, token in enumerate(tokens) if token == slot], grids, strict=True):
+        ids += [*tokens[begin:place], *[slot] * (rows * columns)]
+        segments += [place - begin, (rows, columns)]
+        begin = place + 1
+    return [*ids, *tokens[begin:]], [*segments, len(tokens) - begin]
+
+
+def vision_patches(image: Tensor, *, patch_px: int = 16, frames: int = 2, slot_px: int = SLOT_PX) -> Tensor:
     """A (3, H, W) picture in [-1, 1] as the vision tower reads it: (N, 3 frames patch_px^2), the patches of an image token together.
 
     [-1, 1] is the tower's own normalisation (mean and deviation 0.5), so it sees the very pixels that the VAE does. A still
-    picture is a film of `frames` equal frames.
+    picture is a film of `frames` equal frames. `slot_px`: the side of what one image token stands for.
     """
-    side = SLOT_PX // patch_px
-    rows, columns = slot_grid(image)
+    side = slot_px // patch_px
+    rows, columns = slot_grid(image, slot_px=slot_px)
     patches = image.reshape(3, rows, side, patch_px, columns, side, patch_px).permute(1, 4, 2, 5, 0, 3, 6)
     return patches[:, :, :, :, :, None].expand(*[-1] * 5, frames, -1, -1).reshape(rows * columns * side**2, -1)
 

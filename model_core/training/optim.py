@@ -17,6 +17,11 @@ def warmup_lr(step: int, *, lr: float, warmup_steps: int) -> float:
     return lr * min(1.0, (step + 1) / (warmup_steps + 1))
 
 
+def decay_share(step: int, *, over: range) -> float:
+    """What of the learning rate optimizer step `step` takes where it falls to 0 in a line over the steps `over`: 1 before them."""
+    return min(1.0, (over.stop - step) / (len(over) + 1)) if len(over) else 1.0
+
+
 def decay_groups(parameters: Iterable[nn.Parameter], *, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: matrices and filters decay, vectors (norm scales, biases) do not. None is empty."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -28,15 +33,26 @@ def decay_groups(parameters: Iterable[nn.Parameter], *, weight_decay: float) -> 
 
 
 class Optimizer:
-    """AdamW (decoupled decay) with linear warm-up and clipping of the global gradient norm; parameters may be sharded."""
+    """AdamW (decoupled decay) with linear warm-up and clipping of the global gradient norm; parameters may be sharded.
+
+    Over the steps `decay_over` the rate falls to 0 in a line; none: it does not.
+    """
 
     def __init__(
-        self, model: nn.Module, *, lr: float, warmup_steps: int, betas: tuple[float, float], weight_decay: float, grad_clip: float
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        warmup_steps: int,
+        betas: tuple[float, float],
+        weight_decay: float,
+        grad_clip: float,
+        decay_over: range = range(0),
     ) -> None:
         self._model = model
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._adamw = torch.optim.AdamW(decay_groups(self._parameters, weight_decay=weight_decay), lr=lr, betas=betas, fused=True)
-        self._lr, self._warmup_steps, self._grad_clip = lr, warmup_steps, grad_clip
+        self._lr, self._warmup_steps, self._grad_clip, self._decay_over = lr, warmup_steps, grad_clip, decay_over
 
     def clip(self) -> Tensor:
         """Clips the gradients to the global norm; returns the norm before."""
@@ -45,8 +61,9 @@ class Optimizer:
 
     def step(self, step: int) -> None:
         """Takes optimizer step `step` with the gradients at hand, and clears them."""
+        lr = warmup_lr(step, lr=self._lr, warmup_steps=self._warmup_steps) * decay_share(step, over=self._decay_over)
         for group in self._adamw.param_groups:
-            group["lr"] = warmup_lr(step, lr=self._lr, warmup_steps=self._warmup_steps)
+            group["lr"] = lr
         self._adamw.step()
         self.clear()
 

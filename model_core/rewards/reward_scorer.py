@@ -1,0 +1,65 @@
+"""Scores by a trained reward model: a calibrated value with its uncertainty, or Invalid and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from model_core.documents import UserError
+from model_core.models.reward import RewardModel, calibrated, square_tensor
+from model_core.recipe import EDIT_DIMENSIONS
+from model_core.rewards.verdict import Invalid, Score, ScoreRequest, Value
+
+SCORED_AT_ONCE = 32
+
+
+class RewardScorer:
+    """The reward of one dimension, named as it is. The value lies on the scale of 1 to 5 that people scored with."""
+
+    def __init__(self, model: RewardModel) -> None:
+        self._model = model.eval()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The dimension."""
+        return (self._model.dimension,)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[dict[str, Score]]:
+        """One value a request, in order. Invalid where prompt or sources are missing, or a value is not finite."""
+        scores: list[Score] = [Invalid(reason) if (reason := self._refusal(request)) else Value(math.nan) for request in requests]
+        asked = [place for place, score in enumerate(scores) if isinstance(score, Value)]
+        for begin in range(0, len(asked), SCORED_AT_ONCE):
+            places = asked[begin : begin + SCORED_AT_ONCE]
+            for place, score in zip(places, self._judge([requests[place] for place in places]), strict=True):
+                scores[place] = score
+        return [{self._model.dimension: score} for score in scores]
+
+    def _refusal(self, request: ScoreRequest) -> str:
+        """Why the request cannot be scored; empty where it can."""
+        if self._model.dimension in EDIT_DIMENSIONS and not request.sources:
+            return "an edit without its sources"
+        if not request.prompt.strip():
+            return "no prompt"
+        try:
+            self._model.chat(request.prompt, num_images=1)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    @torch.inference_mode()
+    def _judge(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        model = self._model
+        rows = [[*self._sources(request), request.image] for request in requests]
+        pictures = torch.stack([square_tensor(image, model.image_px) for row in rows for image in row])
+        chats = [model.chat(request.prompt, num_images=len(row)) for request, row in zip(requests, rows, strict=True)]
+        values, deviations = calibrated(model(chats, pictures.to(model.score_head.weight.device)), model.calibration)
+        return [
+            Value(value, deviation) if math.isfinite(value) and math.isfinite(deviation) else Invalid(f"the model's value is {value}")
+            for value, deviation in zip(values.tolist(), deviations.tolist(), strict=True)
+        ]
+
+    def _sources(self, request: ScoreRequest) -> Sequence[Image.Image]:
+        return request.sources if self._model.dimension in EDIT_DIMENSIONS else ()
