@@ -19,8 +19,7 @@ from PIL import Image
 
 from model_core.data.keys import keyed_uniform
 from model_core.data.phash import distance
-from model_core.data.shards import RawRow
-from model_core.data.sources import BROKEN
+from model_core.data.shards import BROKEN, RawRow
 from model_core.documents import UserError
 from model_core.recipe import Recipe, Thresholds
 

@@ -10,6 +10,8 @@ import hashlib
 import heapq
 import io
 import json
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +28,8 @@ from model_core.data.phash import perceptual_hash
 from model_core.data.shard_writer import ROW_GROUP_BYTES, ShardWriter
 from model_core.data.skipped import Skipped
 from model_core.documents import UserError
+
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises
 
 FORMAT = b"darkroom-raw-1"
 BUCKET = "raw"  # pictures of all sizes lie together
@@ -110,7 +114,7 @@ def encode_image(image: Image.Image) -> bytes:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """The RGB picture in `data`."""
+    """The RGB picture in `data`; raises one of BROKEN."""
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 

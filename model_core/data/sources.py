@@ -7,8 +7,6 @@ step that reads it (`source_fingerprint`), so that a changed folder is read anew
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -33,7 +31,6 @@ CAPTION_FORMS = (
     "parquet with image and text, or .tar with .txt beside each picture"
 )
 SCENES = "synthetic://scenes"
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises
 EXIF_ORIENTATION = 0x0112
 
 

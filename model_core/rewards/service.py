@@ -77,7 +77,7 @@ def serve(make_scorer: Callable[[], Scorer], *, host: str, port: int, batch_size
         raise UserError(f"--port: found {port} at {host}, which cannot be listened at ({error}); allowed is a free port") from error
     uri = f"http://{host}:{listener.getsockname()[1]}"
     service = RewardService(batch_size=batch_size)
-    server = _Server(service, uvicorn.Config(application(service), log_level="warning", access_log=False, lifespan="off"))
+    server = Server(service, uvicorn.Config(application(service), log_level="warning", access_log=False, lifespan="off"))
     failures: list[Exception] = []
 
     def load() -> None:
@@ -98,7 +98,7 @@ def serve(make_scorer: Callable[[], Scorer], *, host: str, port: int, batch_size
         raise failures[0]
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn, which on SIGTERM takes no new connections and answers those it has: here, after the batch at hand."""
 
     def __init__(self, service: RewardService, config: uvicorn.Config) -> None:

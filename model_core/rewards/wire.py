@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from model_core.data.sources import BROKEN
+from model_core.data.shards import BROKEN
 from model_core.documents import canonical_digest
 from model_core.rewards.verdict import Invalid, Score, ScoreRequest, Value
 
@@ -112,7 +112,7 @@ def _picture_text(picture: Image.Image) -> str:
 def _picture(text: Any, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]).convert("RGB")
-    except (*BROKEN, ValueError, TypeError) as error:
+    except (*BROKEN, TypeError) as error:
         raise WireError(f"found no PNG in base64 for {name} ({type(error).__name__})") from error
 
 

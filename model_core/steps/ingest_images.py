@@ -19,9 +19,9 @@ from model_core.data.contact_sheet import NUM_SAMPLES, contact_sheet
 from model_core.data.folders import LocalFolder
 from model_core.data.keys import keyed_generator
 from model_core.data.layouts import read_folder
-from model_core.data.shards import RawRow, decode_image, make_row, spread_rows, unique_rows, write_rows
+from model_core.data.shards import BROKEN, RawRow, decode_image, make_row, spread_rows, unique_rows, write_rows
 from model_core.data.skipped import Skipped
-from model_core.data.sources import BROKEN, CAPTION_FORMS, IMAGE_SUFFIXES, SCENES, SourceFolder, decode_picture, open_source
+from model_core.data.sources import CAPTION_FORMS, IMAGE_SUFFIXES, SCENES, SourceFolder, decode_picture, open_source
 from model_core.data.synthetic import NUM_WORDINGS, PHOTO, Scene, compose, describe, render, training_scenes
 from model_core.documents import UserError
 from model_core.recipe import Data

@@ -122,6 +122,7 @@ def loaded_by(module: str) -> set[str]:
         ("pipelines.cli", {"torch", "mlflow", "kfp", "transformers"}),
         ("model_core.__main__", {"torch", "mlflow", "kfp", "transformers"}),
         ("components.launch", {"torch", "mlflow", "kfp", "pydantic"}),
+        ("model_core.rewards.service", {"torch", "mlflow", "kfp", "transformers"}),
         ("pipelines.training", {"torch", "mlflow"}),
     ],
 )
