@@ -199,7 +199,7 @@ class Recipe(Section):
     sampling: Sampling = Sampling()
     preferences: Preferences = Preferences()
     reward: Reward = Reward()
-    grpo: GRPO = GRPO()
+    grpo: GRPO | None = None  # None: the last stage's model is not aligned, and no rewards are trained
     evaluation: Evaluation = Evaluation()
     registry: Registry = Registry()
 

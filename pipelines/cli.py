@@ -103,12 +103,12 @@ def compile(
     site: SiteName = DEFAULT_SITE,
     assignments: Assignments = None,
 ) -> None:
-    """Writes the DAG for Kubeflow Pipelines; it depends on the recipe's list of stages and on the site's image alone."""
-    stages, image = find_recipe(recipe, assignments or ()).stages, find_site(site).image
+    """Writes the DAG for Kubeflow Pipelines; it depends on the recipe's list of stages, its having `grpo`, and the site's image alone."""
+    found, image = find_recipe(recipe, assignments or ()), find_site(site).image
     from pipelines.compile import compile_training
 
     try:
-        compile_training(stages, image=image, output=output)
+        compile_training(found.stages, align=found.grpo is not None, image=image, output=output)
     except OSError as error:
         raise UserError(f"compile: --output {output}: cannot be written ({error.strerror})") from error
     typer.echo(f"wrote {output}")

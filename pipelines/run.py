@@ -49,7 +49,7 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
     check_inputs(recipe, site)
     check_workspace(site)
     workspace = Workspace(site)
-    pipeline = training_pipeline(recipe.stages, image="python")
+    pipeline = training_pipeline(recipe.stages, align=recipe.grpo is not None, image="python")
     num_steps = len(pipeline.pipeline_spec.root.dag.tasks)
     lines = StepLines(num_steps, say)
     with ExitStack() as stack:

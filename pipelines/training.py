@@ -6,7 +6,9 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl.graph_component import GraphComponent
 
+from components.align_grpo import align_grpo
 from components.build_edits import build_edits
+from components.build_preferences import build_preferences
 from components.caption_images import caption_images
 from components.encode_latents import encode_latents
 from components.evaluate_model import evaluate_model
@@ -17,15 +19,17 @@ from components.publish_report import publish_report
 from components.register_model import register_model
 from components.render_text import render_text
 from components.train_mmdit import train_mmdit
+from components.train_reward import train_reward
 from components.train_vae import train_vae
+from model_core.recipe import DIMENSIONS
 
 NAME = "darkroom-training"
 
 
-def training_pipeline(stages: Sequence[str], *, image: str) -> GraphComponent:
-    """The DAG for a curriculum of `stages`, every step in `image`, as a compiled Kubeflow pipeline.
+def training_pipeline(stages: Sequence[str], *, align: bool, image: str) -> GraphComponent:
+    """The DAG for a curriculum of `stages`, every step in `image`, as a compiled Kubeflow pipeline; `align`: with rewards and GRPO.
 
-    Its shape depends on the stages alone. The recipe and the site are arguments of a run, so a changed learning rate
+    Its shape depends on these two alone. The recipe and the site are arguments of a run, so a changed learning rate
     makes no new pipeline version; they travel as JSON text, since Kubeflow's own mappings (protobuf Struct) keep neither
     order nor integers. Kubeflow caches no step: the workspace's keys decide what need not run again.
     """
@@ -51,12 +55,19 @@ def training_pipeline(stages: Sequence[str], *, image: str) -> GraphComponent:
         captions = step(caption_images, kept=kept[stages[0]], **raw)
         encoder = step(prepare_encoder, captions=captions, edits=edits)
         vae = step(train_vae, kept=kept[stages[0]], **raw)
-        model: dict[str, Any] = {}
+        checkpoints: list[Any] = []
         for stage in stages:
             latents = step(encode_latents, stage, kept=kept[stage], captions=captions, vae=vae, encoder=encoder, **raw)
-            model = {"previous": step(train_mmdit, stage, latents=latents, encoder=encoder, **model)}
-        trained = model["previous"]
-        evaluation = step(evaluate_model, model=trained, vae=vae, encoder=encoder, captions=captions, images=images, edits=edits)
+            previous = {"previous": checkpoints[-1]} if checkpoints else {}
+            checkpoints.append(step(train_mmdit, stage, latents=latents, encoder=encoder, **previous))
+        trained = checkpoints[-1]
+        common_inputs = {"vae": vae, "encoder": encoder, "captions": captions, "images": images, "edits": edits}
+        if align:
+            earlier = {"earlier": checkpoints[-2]} if len(checkpoints) > 1 else {}
+            preferences = step(build_preferences, model=trained, **common_inputs, **earlier)
+            rewards = {dimension: step(train_reward, dimension, preferences=preferences) for dimension in DIMENSIONS}
+            trained = step(align_grpo, model=trained, **common_inputs, **rewards)
+        evaluation = step(evaluate_model, model=trained, **common_inputs)
         registration = step(register_model, model=trained, vae=vae, encoder=encoder, evaluation=evaluation)
         step(publish_report, model=trained, vae=vae, evaluation=evaluation, registration=registration)
 

@@ -19,9 +19,9 @@ from model_core.evaluation.drawing import Painter, Request, draw
 from model_core.evaluation.edits import judge_edit, scene_edits
 from model_core.evaluation.judge import Judge
 from model_core.recipe import Recipe
-from model_core.rewards.tally import Weights, make_tally
 from model_core.rewards.verdict import Scorer
 from model_core.training.rollouts import score_request
+from model_core.training.tally import Weights, make_tally
 
 NUM_SIGN_FLIPS = 9_999  # of the paired test; the least p it can give is 1e-4
 
@@ -46,9 +46,11 @@ class Drawn:
     judge: dict[str, float]
 
 
-def fixed_prompts(recipe: Recipe, prompts: Mapping[str, Sequence[PolicyPrompt]], *, size_px: tuple[int, int]) -> list[FixedPrompt]:
-    """`grpo.num_fixed` prompts and as many edits: of held-out scenes where the data are scenes, else of the policy's own prompts."""
-    num, seed, scenes = recipe.grpo.num_fixed, recipe.seed, recipe.data.scenes
+def fixed_prompts(
+    recipe: Recipe, prompts: Mapping[str, Sequence[PolicyPrompt]], *, num: int, size_px: tuple[int, int]
+) -> list[FixedPrompt]:
+    """`num` prompts and as many edits: of held-out scenes where the data are scenes, else of the policy's own prompts."""
+    seed, scenes = recipe.seed, recipe.data.scenes
     if not any("shape" in prompt.notes for prompt in prompts["image"]):
         chosen = [*prompts_of_update(prompts, 0, 2 * num, edit_share=0.5, seed=seed)]
         return [FixedPrompt(prompt, index, {}) for index, prompt in enumerate(chosen)]

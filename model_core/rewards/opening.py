@@ -48,7 +48,7 @@ def model_scorers(rewards: Sequence[str], inputs: Mapping[str, InputFolder], *, 
 
 def _open_model(result: InputFolder, device: Any) -> Scorer:
     from model_core.models.reward import load_reward  # rules alone need no trunk
-    from model_core.rewards.reward_scorer import RewardScorer
+    from model_core.models.reward_scorer import RewardScorer
 
     return RewardScorer(load_reward(result.folder("reward")).to(device))
 

@@ -28,6 +28,7 @@ from model_core.evaluation.judge import Judge
 from model_core.models.condition import load_encoder
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.models.vae import load_vae
+from model_core.recipe import GRPO
 from model_core.rewards.client import HTTPScorer
 from model_core.rewards.opening import model_scorers, open_scorer
 from model_core.rewards.overlap import OverlappedScoring
@@ -64,7 +65,7 @@ def run(context: StepContext) -> dict[str, Any]:
             done = update + 1
             alignment.take(update)
             stopped = done < alignment.num_updates and stop.agreed(context.ranks)
-            if done < alignment.num_updates and (stopped or done % context.recipe.grpo.checkpoint_every_updates == 0):
+            if done < alignment.num_updates and (stopped or done % alignment.config.checkpoint_every_updates == 0):
                 alignment.save(done)
             if stopped:
                 context.checkpoints.wait()
@@ -75,12 +76,18 @@ def run(context: StepContext) -> dict[str, Any]:
     return alignment.publish() | {"updates": alignment.num_updates, "train_seconds": round(seconds, 3)}
 
 
+def _settings(context: StepContext) -> GRPO:
+    if context.recipe.grpo is None:
+        raise UserError(f"recipe {context.recipe.name}: found no grpo; allowed for align_grpo is a recipe with that section")
+    return context.recipe.grpo
+
+
 class _Alignment:
     """The policies of a recipe in turn, and their record."""
 
     def __init__(self, context: StepContext, device: torch.device) -> None:
         recipe, inputs = context.recipe, context.inputs
-        self.context, self.config = context, recipe.grpo
+        self.context, self.config = context, _settings(context)
         self.vae = load_vae(inputs["vae"].folder("vae")).to(device)
         self.encoder = load_encoder(inputs["encoder"].folder("encoder"), dtype=frozen_dtype(device)).to(device)
         self.start = load_mmdit(inputs["model"].folder("mmdit")).to(device)
@@ -149,7 +156,7 @@ class _Alignment:
         aligned = self.state.finished(self.phases[-1][0])
         save_mmdit(aligned, output / "mmdit")
         weights = self.config.phase(self.config.updates).weights
-        fixed = fixed_prompts(recipe, self.prompts, size_px=self.size_px)
+        fixed = fixed_prompts(recipe, self.prompts, num=self.config.num_fixed, size_px=self.size_px)
         judge = Judge(recipe.data.scenes) if any(each.asked for each in fixed) else None
         drawn = []
         for name, model in (("before", self.start), ("after", aligned)):
@@ -231,7 +238,7 @@ class _Alignment:
 
     def _artist(self, policy: str) -> Artist:
         recipe = self.context.recipe
-        return Artist(vae=self.vae, encoder=self.encoder, sampling=recipe.sampling, config=recipe.grpo, seed=recipe.seed, policy=policy)
+        return Artist(vae=self.vae, encoder=self.encoder, sampling=recipe.sampling, config=self.config, seed=recipe.seed, policy=policy)
 
     def _tell(self, update: int, point: Mapping[str, Any]) -> None:
         done = update + 1

@@ -82,8 +82,7 @@ class _Evaluation:
             encoder=inputs["encoder"].folder("encoder"),
             sampling=recipe.sampling,
         )
-        stage = inputs["model"].manifest.stage
-        assert stage is not None, "train_mmdit has a stage"
+        stage = inputs["model"].manifest.stage or recipe.stages[-1]  # an aligned model is the last stage's
         self.resolution_px = recipe.mmdit.stages[stage].resolution_px
         self.size_px = (self.resolution_px, self.resolution_px)
         self.evidence = Evidence(context.output, self.config.grid_prompts)

@@ -15,7 +15,6 @@ from torch import Tensor
 from model_core.data.prompts import PolicyPrompt
 from model_core.recipe import RewardPhase
 from model_core.rewards.overlap import OverlappedScoring
-from model_core.rewards.tally import Tally, Weights, agreement, make_tally
 from model_core.rewards.verdict import Score
 from model_core.training.alarms import picture_statistics
 from model_core.training.distributed import Ranks
@@ -23,6 +22,7 @@ from model_core.training.guard import TrainingDiverged
 from model_core.training.optim import Optimizer
 from model_core.training.policy import Learner, OldPolicy
 from model_core.training.rollouts import Artist, Chunk, draw_chunks
+from model_core.training.tally import Tally, Weights, agreement, make_tally
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,67 @@
+"""The component of the step align_grpo; what it does is in model_core/steps/align_grpo.py."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Model, Output
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False, packages_to_install=[])
+def align_grpo(
+    recipe: str,
+    site: str,
+    run: str,
+    model: Input[Model],
+    vae: Input[Model],
+    encoder: Input[Model],
+    captions: Input[Dataset],
+    images: Input[Dataset],
+    edits: Input[Dataset],
+    aesthetics: Input[Model],
+    alignment: Input[Model],
+    portrait: Input[Model],
+    instruction_following: Input[Model],
+    visual_consistency: Input[Model],
+    manifest: Output[Model],
+) -> None:
+    """Reinforcement learning of the last stage's model from rewards: guided rollouts, an objective without the unconditional branch.
+
+    Args:
+        recipe: What to train: the whole recipe as JSON text (model_core/recipe.py).
+        site: Where to run: the whole site as JSON text (model_core/site.py).
+        run: Name of the run that this step belongs to.
+        model: Manifest of train_mmdit of the last stage.
+        vae: Manifest of train_vae.
+        encoder: Manifest of prepare_encoder: the frozen condition encoder.
+        captions: Manifest of caption_images: the prompts.
+        images: Manifest of ingest_images.
+        edits: Manifest of build_edits: the instructions and their sources.
+        aesthetics: Manifest of train_reward, and so are the next four.
+        alignment: Whether the picture shows what the prompt says.
+        portrait: Anatomy of people.
+        instruction_following: Whether an edit was done as told.
+        visual_consistency: Whether all else stayed as it was.
+        manifest: Where the manifest of the result goes: the aligned model, every update, pictures before and after.
+    """
+    from components.launch import run_step
+
+    run_step(
+        "align_grpo",
+        recipe=recipe,
+        site=site,
+        run=run,
+        inputs={
+            "model": model.path,
+            "vae": vae.path,
+            "encoder": encoder.path,
+            "captions": captions.path,
+            "images": images.path,
+            "edits": edits.path,
+            "aesthetics": aesthetics.path,
+            "alignment": alignment.path,
+            "portrait": portrait.path,
+            "instruction_following": instruction_following.path,
+            "visual_consistency": visual_consistency.path,
+        },
+        output=manifest.path,
+    )
