@@ -17,12 +17,12 @@ def align_grpo(
     captions: Input[Dataset],
     images: Input[Dataset],
     edits: Input[Dataset],
-    aesthetics: Input[Model],
-    alignment: Input[Model],
-    portrait: Input[Model],
-    instruction_following: Input[Model],
-    visual_consistency: Input[Model],
     manifest: Output[Model],
+    aesthetics: Input[Model] = None,
+    alignment: Input[Model] = None,
+    portrait: Input[Model] = None,
+    instruction_following: Input[Model] = None,
+    visual_consistency: Input[Model] = None,
 ) -> None:
     """Reinforcement learning of the last stage's model from rewards: guided rollouts, an objective without the unconditional branch.
 
@@ -36,12 +36,12 @@ def align_grpo(
         captions: Manifest of caption_images: the prompts.
         images: Manifest of ingest_images.
         edits: Manifest of build_edits: the instructions and their sources.
-        aesthetics: Manifest of train_reward, and so are the next four.
+        manifest: Where the manifest of the result goes: the aligned model, every update, pictures before and after.
+        aesthetics: Manifest of train_reward, and so are the next four; absent where grpo weighs none of them.
         alignment: Whether the picture shows what the prompt says.
         portrait: Anatomy of people.
         instruction_following: Whether an edit was done as told.
         visual_consistency: Whether all else stayed as it was.
-        manifest: Where the manifest of the result goes: the aligned model, every update, pictures before and after.
     """
     from components.launch import run_step
 
@@ -57,11 +57,11 @@ def align_grpo(
             "captions": captions.path,
             "images": images.path,
             "edits": edits.path,
-            "aesthetics": aesthetics.path,
-            "alignment": alignment.path,
-            "portrait": portrait.path,
-            "instruction_following": instruction_following.path,
-            "visual_consistency": visual_consistency.path,
+            "aesthetics": aesthetics.path if aesthetics else None,
+            "alignment": alignment.path if alignment else None,
+            "portrait": portrait.path if portrait else None,
+            "instruction_following": instruction_following.path if instruction_following else None,
+            "visual_consistency": visual_consistency.path if visual_consistency else None,
         },
         output=manifest.path,
     )
