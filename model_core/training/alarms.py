@@ -6,6 +6,7 @@ Each is a mean over the newest `window` updates, held against a bound or against
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from model_core.recipe import Alarms
 
+NOISE = 5.0  # standard errors that a fall must exceed
 HIGH_FREQUENCY = 0.5  # of the Nyquist frequency, from which on energy counts as high
 
 
@@ -66,7 +68,7 @@ class AlarmBell:
     def _drifts(self) -> list[str]:
         settings, alarms = self._settings, []
         spread, fall = self._first("gold_spread"), self._first("gold") - self._newest("gold")
-        if self._newest("reward") > self._first("reward") and fall > settings.max_gold_drop * spread:
+        if self._newest("reward") > self._first("reward") and fall > max(settings.max_gold_drop * spread, self._noise("gold")):
             alarms.append(
                 f"the gold reward has fallen by {fall:.4g}, {fall / spread:.2f} of its deviation in a group, while the reward rose"
             )
@@ -85,6 +87,12 @@ class AlarmBell:
             side = "lower" if asymmetry > 0 else "upper"
             alarms.append(f"{abs(asymmetry):.0%} more transitions are held at the {side} bound of the ratio than at the other")
         return alarms
+
+    def _noise(self, name: str) -> float:
+        """What the means of two windows may differ by through their prompts alone: NOISE standard errors of the difference."""
+        window, values = self._settings.window, [update.get(name) for update in self._heard]
+        parts = [[value for value in part if value is not None] for part in (values[:window], values[-window:])]
+        return NOISE * math.sqrt(sum(statistics.variance(part) / len(part) for part in parts if len(part) > 1))
 
     def _first(self, name: str) -> float:
         return self._mean(name, self._heard[: self._settings.window])
