@@ -146,7 +146,7 @@ def _aesthetics_pair(subject: _Subject, generator: np.random.Generator, key: tup
     clean, kind = subject.draw("one"), _one_of(AESTHETIC, generator)
     if tie:
         mild = severe = int(generator.integers(MAX_SEVERITY + 1))
-        better, worse = (corrupt(picture, kind, mild, *key, take) for take, picture in (("one", clean), ("two", subject.draw("two"))))
+        better, worse = (corrupt(picture, kind, mild, *key) for picture in (clean, subject.draw("two")))
     else:
         mild = 0 if generator.random() < 0.5 else int(generator.integers(1, MAX_SEVERITY))
         severe = int(generator.integers(mild + 1, MAX_SEVERITY + 1))
