@@ -223,6 +223,14 @@ def test_votes_label_the_pairs_that_they_name_when_the_step_is_run_again(built, 
     assert any("gone" in warning for warning in stats["warnings"])
 
 
+def test_more_sampled_pairs_keep_those_that_were_there(built, tmp_path):
+    _, rows = built
+    _, more = build(tmp_path / "more", num_pairs=1, num_sampled=14)
+    before, after = ({(row.pair_id, row.dimension, row.image_a, row.image_b) for row in sampled(found)} for found in (rows, more))
+    assert before < after
+    assert len(after) == 2 * 14
+
+
 def test_another_model_draws_other_pairs(built, tmp_path):
     _, rows = built
     _, others = build(tmp_path / "other", model="b" * 64, num_pairs=1)
