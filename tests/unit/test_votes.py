@@ -16,6 +16,7 @@ from model_core.outside import outside_fingerprint
 from model_core.recipe import Recipe
 from model_core.site import Site
 from model_core.steps.registry import STEPS
+from pipelines.run import check_inputs
 
 VOTE = Vote(
     pair_id="p",
@@ -161,3 +162,8 @@ def test_the_key_of_the_step_changes_with_what_the_files_hold_and_with_nothing_e
         assert outside_fingerprint(spec, recipe(uri), site) != before
     assert outside_fingerprint(spec, recipe(), site) is None
     assert outside_fingerprint(STEPS["train_reward"], recipe(str(file)), site) is None
+
+
+def test_a_run_does_not_start_with_votes_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="preferences.votes: .*gone.jsonl: no such file"):
+        check_inputs(recipe(str(tmp_path / "gone.jsonl")), Site(workspace=str(tmp_path)))
