@@ -35,6 +35,7 @@ from model_core.recipe import DIMENSIONS, Dimension
 from model_core.training.distributed import compute_device, keep_deterministic
 
 AUTOENCODED_SHARE = 0.5
+LEFT_SHARE = 0.5  # of a pair's difference, that the autoencoder must leave
 BATCH_PAIRS = 128  # whose pictures go through the autoencoder together
 REPEATED = "same pair as an earlier one"
 
@@ -133,14 +134,15 @@ def _rows(context: StepContext, subjects: Subjects, vae: ResidualVAE, painters: 
 def _autoencoded(vae: ResidualVAE, pairs: Sequence[KnownPair], seed: int, dimension: Dimension, first: int) -> list[KnownPair]:
     """The pairs, both pictures of a keyed half of them through the autoencoder.
 
-    A pair whose difference the autoencoder takes away, such as a little noise, stays as it was: its order would be no longer known.
+    A pair most of whose difference the autoencoder takes away, such as a little noise, stays as it was: its order could not be seen.
     """
     chosen = [pair for index, pair in enumerate(pairs) if keyed_uniform(seed, "autoencoded", dimension, first + index) < AUTOENCODED_SHARE]
     decoded = iter(reconstruct(vae, [shown.picture for pair in chosen for shown in (pair.better, pair.worse)]))
     seen = {}
     for pair in chosen:
         better, worse = next(decoded), next(decoded)
-        if pair.is_tie or rms_difference(better, worse) >= MIN_DIFFERENCE:
+        least = max(MIN_DIFFERENCE, LEFT_SHARE * rms_difference(pair.better.picture, pair.worse.picture))
+        if pair.is_tie or rms_difference(better, worse) >= least:
             seen[id(pair)] = replace(
                 pair,
                 better=replace(pair.better, picture=better),
