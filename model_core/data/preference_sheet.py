@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from model_core.data.preferences import Preference
 from model_core.data.shards import decode_image
 
-NUM_SHOWN = 9  # pairs of a kind
+NUM_SHOWN = 6  # pairs of a kind
 CELL_PX = 128
 FRAME_PX = 4
 BETTER, EQUAL = (40, 200, 80), (240, 200, 60)

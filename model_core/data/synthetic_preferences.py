@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,7 @@ from model_core.data.buckets import fit
 from model_core.data.corruptions import AESTHETIC, BEST_SCORE, MAX_SEVERITY, corrupt, rms_difference, score_of
 from model_core.data.edit_preferences import edit_pair
 from model_core.data.edits import crop_of
-from model_core.data.keys import keyed_generator, keyed_uniform
+from model_core.data.keys import keyed_generator, keyed_uniform, one_of
 from model_core.data.known_pairs import KnownPair, Shown, preference_of, scene_split, split_of
 from model_core.data.portraits import NUM_WORDINGS as NUM_PORTRAIT_WORDINGS
 from model_core.data.portraits import describe_portrait, fault_pairs, random_portrait, render_portrait
@@ -27,8 +27,6 @@ from model_core.data.scene_changes import MIN_DIFFERENCE, NAMED_ALWAYS, changed,
 from model_core.data.synthetic import NUM_WORDINGS, describe, render, training_scene
 from model_core.documents import UserError
 from model_core.recipe import Dimension, Preferences, Scenes
-
-Item = TypeVar("Item")
 
 PORTRAIT_SHARE = 0.2  # of aesthetics' pairs of drawn pictures
 BACKGROUND_WORDINGS = (1, 2)  # of the captions of a scene, those that name its background
@@ -86,7 +84,7 @@ def _pair(
         attempt_key = (*key, attempt)
         generator = keyed_generator(*attempt_key)
         subject_key = (*key, attempt // DRAWS_A_SUBJECT)
-        photo = _one_of(photos, keyed_generator(*subject_key, "photo")) if of_photo else None
+        photo = one_of(photos, keyed_generator(*subject_key, "photo")) if of_photo else None
         if dimension == "portrait":
             pair: KnownPair | None = _portrait_pair(config, scenes, generator, attempt_key, tie=tie)
         elif dimension == "aesthetics":
@@ -143,10 +141,10 @@ def _photo_subject(photo: Photo, key: tuple[object, ...]) -> _Subject:
 
 def _aesthetics_pair(subject: _Subject, generator: np.random.Generator, key: tuple[object, ...], *, tie: bool) -> KnownPair | None:
     """One picture with two severities of a corruption; equal ones are two pictures of one subject with the same severity."""
-    clean, kind = subject.draw("one"), _one_of(AESTHETIC, generator)
+    clean, kind = subject.draw("one"), one_of(AESTHETIC, generator)
     if tie:
         mild = severe = int(generator.integers(MAX_SEVERITY + 1))
-        better, worse = (corrupt(picture, kind, mild, *key, take) for take, picture in (("one", clean), ("two", subject.draw("two"))))
+        better, worse = (corrupt(picture, kind, mild, *key) for picture in (clean, subject.draw("two")))
     else:
         mild = 0 if generator.random() < 0.5 else int(generator.integers(1, MAX_SEVERITY))
         severe = int(generator.integers(mild + 1, MAX_SEVERITY + 1))
@@ -174,7 +172,7 @@ def _alignment_pair(
     """
     scene, wording = training_scene(scenes, *key, "scene"), int(generator.integers(NUM_WORDINGS))
     names = [*NAMED_ALWAYS, *(["text"] if scene.text else []), *(["background"] if wording in BACKGROUND_WORDINGS else [])]
-    lesser, more = (0, 0) if tie else _one_of(NUM_WRONG, generator)
+    lesser, more = (0, 0) if tie else one_of(NUM_WRONG, generator)
     wrong = [names[place] for place in generator.permutation(len(names))[:more]]
     near, far = (changed(scene, wrong[:num], scenes, keyed_generator(*key, "wrong")) for num in (lesser, more))
     if near is None or far is None:
@@ -210,7 +208,7 @@ def _photo_alignment_pair(
     if not others and not tie:
         return None
     own = subject.draw("one")
-    other = subject.draw("two") if tie else fit(_one_of(others, generator).picture, (own.height, own.width))
+    other = subject.draw("two") if tie else fit(one_of(others, generator).picture, (own.height, own.width))
     return KnownPair(
         prompt=subject.prompt,
         category=subject.category,
@@ -229,7 +227,7 @@ def _portrait_pair(
     subject = _portrait_subject(config, scenes, generator, key)
     portrait = random_portrait(*key)
     with_intact = generator.random() < 0.5
-    fewer, more = _one_of([pair for pair in fault_pairs() if with_intact == (not pair[0])], generator)
+    fewer, more = one_of([pair for pair in fault_pairs() if with_intact == (not pair[0])], generator)
     more = fewer if tie else more
     takes = ("one", "two") if tie else ("one", "one")
     shown = [
@@ -257,7 +255,3 @@ def _portrait_pair(
 def _crop(photo: Photo, key: tuple[object, ...]) -> Image.Image:
     """A keyed crop of the photograph in its own size."""
     return fit(crop_of(photo.picture, keyed_generator(*key)), (photo.picture.height, photo.picture.width))
-
-
-def _one_of(values: Sequence[Item], generator: np.random.Generator) -> Item:
-    return values[int(generator.integers(len(values)))]

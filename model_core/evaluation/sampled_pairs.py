@@ -53,9 +53,12 @@ def sampled_preferences(
     """Two pictures a prompt, each by a drawn painter at a drawn guidance scale with a seed of its own: a row a dimension, without a label.
 
     Painters are named by what decides their pictures (digests), since `pair_id` is a function of those names, prompt, sources,
-    size, sampling, guidance and seeds: drawn again, the pair is the same one and people's votes on it still hold.
+    size, sampling, guidance and seeds: drawn again, the pair is the same one and people's votes on it still hold. What is drawn
+    for a prompt does not depend on which others there are.
     """
-    choices = [_choose(seed, index, prompt, sorted(painters), config) for index, prompt in enumerate(prompts)]
+    ids = [prompt_id(prompt.text, [encode_image(source) for source in prompt.sources]) for prompt in prompts]
+    takes = [ids[:index].count(one) for index, one in enumerate(ids)]  # a prompt that is there twice is drawn with other seeds
+    choices = [_choose((seed, "sampled pair", *key), sorted(painters), config) for key in zip(ids, takes, strict=True)]
     wanted = [(index, side) for index in range(len(prompts)) for side in (0, 1)]
     pictures: dict[tuple[int, int], bytes] = {}
     for model, scale in sorted({(choice.model, choice.guidance_scale) for pair in choices for choice in pair}):
@@ -77,8 +80,8 @@ def sampled_preferences(
     ]
 
 
-def _choose(seed: int, index: int, prompt: SampledPrompt, models: Sequence[str], config: Preferences) -> tuple[_Draw, _Draw]:
-    generator = keyed_generator(seed, "sampled pair", index, prompt.text)
+def _choose(key: tuple[object, ...], models: Sequence[str], config: Preferences) -> tuple[_Draw, _Draw]:
+    generator = keyed_generator(*key)
     first, second = (
         _Draw(
             models[int(generator.integers(len(models)))],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -21,7 +21,7 @@ from model_core.data.corruptions import rms_difference
 from model_core.data.keys import keyed_uniform
 from model_core.data.known_pairs import KnownPair, preference_of
 from model_core.data.preference_sheet import NUM_SHOWN, groups_of
-from model_core.data.preferences import FILE_NAME, Preference, write_preferences
+from model_core.data.preferences import FILE_NAME, REAL, Preference, write_preferences
 from model_core.data.scene_changes import MIN_DIFFERENCE
 from model_core.data.skipped import Skipped
 from model_core.data.synthetic_preferences import known_pairs
@@ -35,6 +35,7 @@ from model_core.recipe import DIMENSIONS, Dimension
 from model_core.training.distributed import compute_device, keep_deterministic
 
 AUTOENCODED_SHARE = 0.5
+LEFT_SHARE = 0.5  # of a pair's difference, that the autoencoder must leave
 BATCH_PAIRS = 128  # whose pictures go through the autoencoder together
 REPEATED = "same pair as an earlier one"
 
@@ -45,8 +46,10 @@ def run(context: StepContext) -> dict[str, Any]:
     votes = merge_votes(load_votes(context.recipe, context.site))
     keep_deterministic(compute_device())
     subjects = read_subjects(context)
+    vae = load_vae(context.inputs["vae"].folder("vae")).to(compute_device())
+    painters = _painters(context, vae) if subjects.prompts else {}
     tally = _Tally()
-    rows = tally.count(_unique(_rows(context, subjects), tally.skipped), votes)
+    rows = tally.count(_unique(_rows(context, subjects, vae, painters), tally.skipped), votes)
     num = write_preferences(context.output / FILE_NAME, rows)
     groups, titles = groups_of(tally.shown)
     contact_sheet(groups, columns=3, titles=titles).save(context.output / "preferences.png")
@@ -79,10 +82,10 @@ class _Tally:
             row = with_votes(row, votes)
             self.num_voted += row.reason == "votes"
             self.counts[row.dimension, row.split, row.label, row.reason] += 1
-            self.pairs.add(row.pair_id)
-            kind = f"{row.dimension}, {'drawn by a model' if row.model_a != 'real' else 'made'}"
-            if len(self.shown[kind]) < NUM_SHOWN and len(row.sources) < 2:
+            kind = f"{row.dimension}, {'made' if row.model_a == REAL else 'drawn by models'}"
+            if len(self.shown[kind]) < NUM_SHOWN and len(row.sources) < 2 and row.pair_id not in self.pairs:
                 self.shown[kind].append(row)
+            self.pairs.add(row.pair_id)
             yield row
 
     def nested(self) -> dict[str, dict[str, dict[str, int]]]:
@@ -105,9 +108,8 @@ def _unique(rows: Iterator[Preference], skipped: Skipped) -> Iterator[Preference
             yield row
 
 
-def _rows(context: StepContext, subjects: Subjects) -> Iterator[Preference]:
+def _rows(context: StepContext, subjects: Subjects, vae: ResidualVAE, painters: Mapping[str, Painter]) -> Iterator[Preference]:
     config, seed = context.recipe.preferences, context.recipe.seed
-    vae = load_vae(context.inputs["vae"].folder("vae")).to(compute_device())
     total = len(DIMENSIONS) * config.num_pairs
     done = 0
     for dimension in DIMENSIONS:
@@ -119,21 +121,28 @@ def _rows(context: StepContext, subjects: Subjects) -> Iterator[Preference]:
                 yield preference_of(pair, dimension=dimension, seed=seed)
             done += len(batch)
             context.show(done, total, f"pairs of known order, {dimension}")
-    if subjects.prompts:
-        yield from _sampled(context, subjects, vae)
+    num_drawn = 0
+
+    def count(num: int) -> None:
+        nonlocal num_drawn
+        num_drawn += num
+        context.say(f"{num_drawn}/{2 * len(subjects.prompts)} pictures drawn for people to compare")
+
+    yield from sampled_preferences(subjects.prompts, painters, config, seed=seed, on_drawn=count)
 
 
 def _autoencoded(vae: ResidualVAE, pairs: Sequence[KnownPair], seed: int, dimension: Dimension, first: int) -> list[KnownPair]:
     """The pairs, both pictures of a keyed half of them through the autoencoder.
 
-    A pair whose difference the autoencoder takes away, such as a little noise, stays as it was: its order would be no longer known.
+    A pair most of whose difference the autoencoder takes away, such as a little noise, stays as it was: its order could not be seen.
     """
     chosen = [pair for index, pair in enumerate(pairs) if keyed_uniform(seed, "autoencoded", dimension, first + index) < AUTOENCODED_SHARE]
     decoded = iter(reconstruct(vae, [shown.picture for pair in chosen for shown in (pair.better, pair.worse)]))
     seen = {}
     for pair in chosen:
         better, worse = next(decoded), next(decoded)
-        if pair.is_tie or rms_difference(better, worse) >= MIN_DIFFERENCE:
+        least = max(MIN_DIFFERENCE, LEFT_SHARE * rms_difference(pair.better.picture, pair.worse.picture))
+        if pair.is_tie or rms_difference(better, worse) >= least:
             seen[id(pair)] = replace(
                 pair,
                 better=replace(pair.better, picture=better),
@@ -143,7 +152,8 @@ def _autoencoded(vae: ResidualVAE, pairs: Sequence[KnownPair], seed: int, dimens
     return [seen.get(id(pair), pair) for pair in pairs]
 
 
-def _sampled(context: StepContext, subjects: Subjects, vae: ResidualVAE) -> Iterator[Preference]:
+def _painters(context: StepContext, vae: ResidualVAE) -> dict[str, Painter]:
+    """The model, and the earlier one where it is given, by what decides their pictures: their digests, the autoencoder's, the encoder's."""
     inputs, recipe = context.inputs, context.recipe
     painter = open_painter(
         mmdit=inputs["model"].folder("mmdit"),
@@ -151,7 +161,6 @@ def _sampled(context: StepContext, subjects: Subjects, vae: ResidualVAE) -> Iter
         encoder=inputs["encoder"].folder("encoder"),
         sampling=recipe.sampling,
     )
-    # The autoencoder and the encoder decide what is drawn too, so their digests are in the painter's name.
     frozen = "-".join(inputs[name].manifest.content_digest[:8] for name in ("vae", "encoder"))
     painters: dict[str, Painter] = {}
     for name in ("model", "earlier"):
@@ -159,11 +168,4 @@ def _sampled(context: StepContext, subjects: Subjects, vae: ResidualVAE) -> Iter
             manifest = inputs[name].manifest
             mmdit = painter.mmdit if name == "model" else load_mmdit(inputs[name].folder("mmdit")).to(compute_device()).eval()
             painters[f"{manifest.label}@{manifest.content_digest[:16]}-{frozen}"] = replace(painter, mmdit=mmdit, vae=vae)
-    done = 0
-
-    def count(num: int) -> None:
-        nonlocal done
-        done += num
-        context.say(f"{done}/{2 * len(subjects.prompts)} pictures drawn for people to compare")
-
-    yield from sampled_preferences(subjects.prompts, painters, recipe.preferences, seed=recipe.seed, on_drawn=count)
+    return painters

@@ -20,13 +20,12 @@ from model_core.data.edits import edit_photo, edit_scene
 from model_core.data.folders import LocalFolder
 from model_core.data.keys import keyed_generator
 from model_core.data.preferences import FILE_NAME, Preference, read_preferences
-from model_core.data.shards import RawRow, make_row, write_rows
+from model_core.data.shards import RawRow, decode_image, make_row, write_rows
 from model_core.data.synthetic import describe, render, training_scenes
 from model_core.data.votes import Vote, vote_line
 from model_core.documents import UserError
 from model_core.evaluation import sampled_pairs
 from model_core.evaluation.drawing import Painter, Request
-from model_core.models.vae import ResidualVAE, save_vae
 from model_core.recipe import DIMENSIONS, Recipe
 from model_core.site import Site
 from model_core.steps import build_preferences
@@ -82,56 +81,61 @@ def paint(_painter: Any, requests: Sequence[Request], *, on_drawn: Any) -> list[
     return [Image.new("RGB", request.size_px[::-1], color) for request, color in zip(requests, colors, strict=True)]
 
 
-@pytest.fixture
-def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(
-        *,
-        scenes: bool = True,
-        photos: bool = False,
-        votes: Sequence[Vote] = (),
-        output: str = "output",
-        model: str = "a" * 64,
-        **changes: Any,
-    ) -> tuple[dict[str, Any], list[Preference]]:
-        document: dict[str, Any] = {
-            "name": "test",
-            "data": {"scenes": SCENES},
-            "mmdit": {"stages": {"S1": {"resolution_px": 64}}},
-            "preferences": {"num_pairs": 12, "num_sampled": 8, "tie_share": 0.2} | changes,
-            "vae": {
-                "model": {"stem_fold": 8, "encoder_widths": [16, 16], "decoder_widths": [16, 16], "encoder_blocks": 1, "decoder_blocks": 1}
-            },
-        }
-        if votes:
-            (tmp_path / "votes.jsonl").write_bytes(b"".join(vote_line(vote) for vote in votes))
-            document["preferences"]["votes"] = [str(tmp_path / "votes.jsonl")]
-        recipe = Recipe.model_validate(document)
-        folder = tmp_path / output
-        made = [scene_rows(recipe)] * scenes + [photo_rows()] * photos
-        names = ("images", "edits", "captions", "vae", "encoder")
-        inputs = {name: Input(folder / name) for name in names} | {"model": Input(folder / "model", model)}
-        for place, name in enumerate(("images", "edits")):
-            inputs[name].root.mkdir(parents=True)
-            write_rows(inputs[name].root, [row for part in made for row in part[place]])
-        images = [row for part in made for row in part[0]]
-        inputs["captions"].root.mkdir()
-        ids = pa.array([row.sample_id for row in images], pa.binary(16))
-        pq.write_table(
-            pa.table({"sample_id": ids, "general": [row.caption for row in images]}), inputs["captions"].root / "captions.parquet"
-        )
-        torch.manual_seed(0)
-        save_vae(ResidualVAE(recipe.vae.model), inputs["vae"].folder("vae"))
-        monkeypatch.setattr(build_preferences, "open_painter", lambda **known: Painter(None, None, None, known["sampling"]))  # type: ignore[arg-type]
-        monkeypatch.setattr(sampled_pairs, "draw", paint)
-        said = SimpleNamespace(show=lambda *_a: None, say=lambda _line: None)
-        (folder / "result").mkdir()
-        context: Any = SimpleNamespace(
-            recipe=recipe, site=Site(workspace=str(tmp_path)), inputs=inputs, output=folder / "result", show=said.show, say=said.say
-        )
-        stats = build_preferences.run(context)
-        return stats, list(read_preferences(folder / "result" / FILE_NAME))
+def quantised(_vae: Any, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """Stands for the autoencoder, and leaves a trace that can be told: every level is a multiple of 4."""
+    return [picture.point(lambda level: level // 4 * 4) for picture in pictures]
 
-    return run
+
+def build(
+    folder: Path, *, scenes: bool = True, photos: bool = False, votes: Sequence[Vote] = (), model: str = "a" * 64, **changes: Any
+) -> tuple[dict[str, Any], list[Preference]]:
+    """Statistics and rows of the step in `folder`."""
+    document: dict[str, Any] = {
+        "name": "test",
+        "data": {"scenes": SCENES},
+        "mmdit": {"stages": {"S1": {"resolution_px": 64}}},
+        "preferences": {"num_pairs": 8, "num_sampled": 8, "tie_share": 0.2} | changes,
+    }
+    folder.mkdir()
+    if votes:
+        (folder / "votes.jsonl").write_bytes(b"".join(vote_line(vote) for vote in votes))
+        document["preferences"]["votes"] = [str(folder / "votes.jsonl")]
+    recipe = Recipe.model_validate(document)
+    made = [scene_rows(recipe)] * scenes + [photo_rows()] * photos
+    names = ("images", "edits", "captions", "vae", "encoder")
+    inputs = {name: Input(folder / name) for name in names} | {"model": Input(folder / "model", model)}
+    for place, name in enumerate(("images", "edits")):
+        inputs[name].root.mkdir()
+        write_rows(inputs[name].root, [row for part in made for row in part[place]])
+    images = [row for part in made for row in part[0]]
+    inputs["captions"].root.mkdir()
+    table = pa.table({"sample_id": pa.array([row.sample_id for row in images], pa.binary(16)), "general": [row.caption for row in images]})
+    pq.write_table(table, inputs["captions"].root / "captions.parquet")
+    context: Any = SimpleNamespace(
+        recipe=recipe,
+        site=Site(workspace=str(folder)),
+        inputs=inputs,
+        output=folder,
+        show=lambda *_known: None,
+        say=lambda _line: None,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_preferences, "load_vae", lambda _folder: torch.nn.Identity())
+        patch.setattr(build_preferences, "reconstruct", quantised)
+        patch.setattr(build_preferences, "open_painter", lambda **known: Painter(None, None, None, known["sampling"]))  # type: ignore[arg-type]
+        patch.setattr(sampled_pairs, "draw", paint)
+        stats = build_preferences.run(context)
+    return stats, list(read_preferences(folder / FILE_NAME))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[Preference]]:
+    return build(tmp_path_factory.mktemp("built") / "scenes")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[Preference]:
+    return build(tmp_path_factory.mktemp("built") / "mixed", photos=True, num_pairs=100, num_sampled=20)[1]
 
 
 def vote(pair: Preference, label: Any, annotator: str = "ann", **changes: Any) -> Vote:
@@ -143,10 +147,10 @@ def sampled(rows: Sequence[Preference]) -> list[Preference]:
     return [row for row in rows if row.model_a != "real"]
 
 
-def test_every_dimension_has_its_pairs_and_what_models_drew_waits_for_people(build):
-    stats, rows = build()
+def test_every_dimension_has_its_pairs_and_what_models_drew_waits_for_people(built):
+    stats, rows = built
     made = [row for row in rows if row.model_a == "real"]
-    assert {name: sum(row.dimension == name for row in made) for name in DIMENSIONS} == dict.fromkeys(DIMENSIONS, 12)
+    assert {name: sum(row.dimension == name for row in made) for name in DIMENSIONS} == dict.fromkeys(DIMENSIONS, 8)
     assert all(row.label in ("a", "b", "tie") for row in made)
     drawn = sampled(rows)
     assert len(drawn) == 2 * 8
@@ -158,45 +162,45 @@ def test_every_dimension_has_its_pairs_and_what_models_drew_waits_for_people(bui
     assert sum(num for of in stats["pairs"].values() for num in of["label"].values()) == len(rows)
 
 
-def test_about_half_of_the_made_pairs_went_through_the_autoencoder_and_no_source_did(build):
-    _, rows = build(num_pairs=30, num_sampled=0)
-    through = [bool(row.notes.get("autoencoded")) for row in rows]
-    assert 0.3 < np.mean(through) < 0.6
-    flat = [np.asarray(picture).std() for row in rows if row.notes.get("autoencoded") for picture in row.pictures()]
-    assert flat
+def test_about_half_of_the_made_pairs_went_through_the_autoencoder_with_both_pictures_and_no_source(mixed):
+    made = [row for row in mixed if row.model_a == "real"]
+    through = [bool(row.notes.get("autoencoded")) for row in made]
+    assert 0.4 < np.mean(through) < 0.6
+    for row, expected in zip(made, through, strict=True):
+        traces = [not (np.asarray(picture) % 4).any() for picture in row.pictures()]
+        assert traces == [expected, expected]
+        assert all((np.asarray(decode_image(source)) % 4).any() for source in row.sources)
 
 
-def test_the_same_recipe_gives_the_same_bytes(build, tmp_path):
-    build(photos=True)
-    build(photos=True, output="again")
-    files = [(tmp_path / name / "result" / FILE_NAME).read_bytes() for name in ("output", "again")]
+def test_the_same_recipe_gives_the_same_bytes(tmp_path):
+    for name in ("once", "again"):
+        build(tmp_path / name, photos=True, num_pairs=4)
+    files = [(tmp_path / name / FILE_NAME).read_bytes() for name in ("once", "again")]
     assert files[0] == files[1]
 
 
-def test_photographs_alone_make_pairs_of_all_dimensions(build):
-    _, rows = build(scenes=False, photos=True, num_pairs=40)
+def test_photographs_alone_make_pairs_of_all_dimensions(tmp_path):
+    _, rows = build(tmp_path / "photos", scenes=False, photos=True, num_pairs=20)
     captions = {f"blobs number {index}" for index in range(30)}
     for name in ("aesthetics", "alignment"):
         assert {row.prompt for row in rows if row.dimension == name} <= captions
     styled = [row for row in rows if row.dimension == "instruction_following" and row.model_a == "real"]
     assert {row.notes["operation"] for row in styled} == {"style", "restoration"}
-    assert {row.split for row in rows} == {"train", "validation", "test"}
     assert {row.pictures()[0].size for row in rows if row.dimension == "aesthetics"} == {(96, 64)}
 
 
-def test_no_prompt_and_no_source_is_in_two_splits(build):
-    _, rows = build(scenes=True, photos=True, num_pairs=150, num_sampled=20)
+def test_no_prompt_and_no_source_is_in_two_splits(mixed):
     splits = defaultdict(set)
-    for row in rows:
+    for row in mixed:
         splits["prompt", row.prompt].add(row.split)
         for source in row.sources:
             splits["source", source].add(row.split)
     assert all(len(found) == 1 for found in splits.values())
-    assert {row.split for row in rows} == {"train", "validation", "test"}
+    assert {row.split for row in mixed} == {"train", "validation", "test"}
 
 
-def test_votes_label_the_pairs_that_they_name_when_the_step_is_run_again(build):
-    _, rows = build()
+def test_votes_label_the_pairs_that_they_name_when_the_step_is_run_again(built, tmp_path):
+    _, rows = built
     first, second, known = *sampled(rows)[:2], next(row for row in rows if row.label == "a")
     gone = vote(first, "a")
     votes = [
@@ -206,7 +210,7 @@ def test_votes_label_the_pairs_that_they_name_when_the_step_is_run_again(build):
         vote(known, "b"),
         Vote(**{**gone.__dict__, "pair_id": "gone"}),
     ]
-    stats, again = build(votes=votes, output="again")
+    stats, again = build(tmp_path / "again", votes=votes)
     by_id = {(row.pair_id, row.dimension): row for row in again}
     found = by_id[first.pair_id, first.dimension]
     assert (found.label, found.reason, found.votes, found.num_annotators) == ("b", "votes", {"b": 2}, 2)
@@ -219,13 +223,21 @@ def test_votes_label_the_pairs_that_they_name_when_the_step_is_run_again(build):
     assert any("gone" in warning for warning in stats["warnings"])
 
 
-def test_another_model_draws_other_pairs(build):
-    _, rows = build()
-    _, others = build(model="b" * 64, output="again")
+def test_more_sampled_pairs_keep_those_that_were_there(built, tmp_path):
+    _, rows = built
+    _, more = build(tmp_path / "more", num_pairs=1, num_sampled=14)
+    before, after = ({(row.pair_id, row.dimension, row.image_a, row.image_b) for row in sampled(found)} for found in (rows, more))
+    assert before < after
+    assert len(after) == 2 * 14
+
+
+def test_another_model_draws_other_pairs(built, tmp_path):
+    _, rows = built
+    _, others = build(tmp_path / "other", model="b" * 64, num_pairs=1)
     assert not {row.pair_id for row in sampled(rows)} & {row.pair_id for row in sampled(others)}
 
 
-def test_bad_votes_stop_the_step_before_it_reads_a_picture(build, tmp_path):
+def test_bad_votes_stop_the_step_before_it_reads_a_picture(tmp_path):
     with pytest.raises(UserError, match="preferences.votes: .*nowhere.jsonl: no such file"):
         build_preferences.run(
             SimpleNamespace(  # type: ignore[arg-type]
