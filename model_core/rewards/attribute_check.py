@@ -46,10 +46,10 @@ NO_SCENE = Invalid("no plain scene")
 NOT_ASKED = Invalid("not asked for")
 NO_TEMPLATE = Invalid("no template for it")  # a photograph as background, a word, a sign that the recipe's scenes do not have
 
-# Temperatures (ours): a clean render scores above 0.9 in each, and the nearest alternative still moves it.
-COLOR_TEMPERATURE = 24.0  # RGB distance, 0 to 441; the nearest two colours are 94 apart
-CONTRAST_TEMPERATURE = 20.0  # RGB distance
-FIT_TEMPERATURE = 0.04  # correlation
+# Temperatures (ours): a clean render scores about 0.9 in each. Lower ones score it higher, and have less to gain at both ends.
+COLOR_TEMPERATURE = 32.0  # RGB distance, 0 to 441; the nearest two colours are 94 apart
+CONTRAST_TEMPERATURE = 30.0  # RGB distance
+FIT_TEMPERATURE = 0.06  # correlation
 NOWHERE_CONTRAST = 50.0  # RGB distance that a place must exceed to be more likely than none
 NOTHING_FIT = 0.6  # correlation that a mask must exceed to be more likely than none
 NOISE_LEVELS = 3.0  # standard deviation (of 255) that counts as flat: it damps the correlations of faint patterns

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +20,7 @@ from model_core.rewards.batching import Answer, Batcher, QueueFull
 from model_core.rewards.client import HTTPScorer
 from model_core.rewards.metrics import MAX_REASONS, Metrics
 from model_core.rewards.verdict import Invalid, RewardUnavailable, ScoreRequest, Value
-from model_core.rewards.wire import WireError, parse, read_request, read_scores, request_document
+from model_core.rewards.wire import SCORE_PATH, WireError, parse, read_request, read_scores, request_document
 from tests.reward_servers import Brightness, body_of, get, picture_request, post, running
 
 
@@ -47,6 +48,10 @@ def client(uri: str, said: list[str], **options: Any) -> HTTPScorer:
 def metric(text: str, name: str) -> float:
     (found,) = re.findall(rf"^darkroom_rewards_{re.escape(name)} (\S+)$", text, re.MULTILINE)
     return float(found)
+
+
+def metric_or_zero(text: str, name: str) -> float:
+    return metric(text, name) if name in text else 0.0
 
 
 def test_a_request_travels_whole() -> None:
@@ -234,6 +239,27 @@ def test_what_waits_is_scored_together_in_order(scorer: Brightness) -> None:
     assert [len(batch) for batch in scorer.batches] == [1, 3, 1]
     assert scorer.keys == list("abcde")
     batcher.close()
+
+
+def test_who_no_longer_waits_cancels_nothing_for_others(scorer: Brightness) -> None:
+    scorer.hold()
+    batcher = batcher_of(scorer)
+    (future,) = batcher.submit([picture_request("a")])
+    assert not future.cancel()
+    scorer.release()
+    assert future.result(20)["green"] == Value(50.0)
+    batcher.close()
+
+
+def test_a_request_that_stops_half_way_is_counted_and_nothing_scored(unused: tuple[str, Brightness]) -> None:
+    uri, scorer = unused
+    host, _, port = uri.removeprefix("http://").partition(":")
+    before = metric_or_zero(get(uri, "/metrics")[1], 'requests_total{status="400"}')
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"POST {SCORE_PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+    while metric_or_zero(get(uri, "/metrics")[1], 'requests_total{status="400"}') == before:
+        threading.Event().wait(0.01)
+    assert scorer.batches == []
 
 
 def test_a_queue_takes_all_of_a_request_or_nothing(scorer: Brightness) -> None:
