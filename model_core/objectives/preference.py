@@ -36,9 +36,7 @@ def rao_kupper_log_probs(delta: Tensor, *, k: float) -> Tensor:
     return torch.stack([better, worse, better + worse + log_ratio], dim=-1)
 
 
-def uncertain_preference_loss(
-    delta_mean: Tensor, variance: Tensor, labels: Tensor, *, k: float, points: int = QUADRATURE_POINTS
-) -> Tensor:
+def uncertain_preference_loss(delta_mean: Tensor, variance: Tensor, labels: Tensor, *, k: float, points: int = QUADRATURE_POINTS) -> Tensor:
     """-E log P(label | z) for z ~ N(delta_mean, variance), elementwise over (N,); `labels` are A, B or TIE.
 
     `variance` is s_a^2 + s_b^2. The expectation is Gauss and Hermite's quadrature with so many points: deterministic, and exact to
