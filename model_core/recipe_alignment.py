@@ -55,16 +55,16 @@ class Reward(Section):
     """train_reward: one of five models on the same recipe."""
 
     trunk: RewardTrunk = RewardTrunk()
-    steps: Count = 600
+    steps: Count = 400
     batch_size: Count = 16  # pairs
     lr: PositiveFloat = 2e-3
     warmup_steps: NonNegative = 20
     decay_share: Share = 0.3  # of the steps, the last ones, over which the rate falls to 0 in a line (ours)
     weight_decay: NonNegativeFloat = 0.01
     grad_clip: PositiveFloat = 1.0
-    pointwise_weight: NonNegativeFloat = 1.0  # expected score over 1..5, squared error (R4); 0: the pairwise loss alone
+    pointwise_weight: NonNegativeFloat = 0.2  # expected score over 1..5, squared error (R4); 0: the pairwise loss alone
     pairwise_weight: NonNegativeFloat = 1.0  # Bradley-Terry with uncertainty and ties
-    caption_weight: NonNegativeFloat = 1.0  # log-likelihood of the prompt under pictures that are as it says, where that is the question
+    caption_weight: NonNegativeFloat = 3.0  # log-likelihood of the prompt under pictures that are as it says, where that is the question
     tie_ratio: Annotated[float, Field(gt=1.0)] = 5.0  # Rao and Kupper's k: P(tie | equal) = (k - 1) / (k + 1); HPSv3's and EditReward's
     # Losses of single pairs differ by orders of magnitude once most are told apart: only what is far above them is a spike (ours).
     guard: Guard = Guard(spike_deviations=30.0, spike_floor=10.0)

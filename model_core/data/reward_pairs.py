@@ -9,14 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from model_core.data.keys import keyed_permutation
 from model_core.data.preferences import Split, read_preferences
-from model_core.data.shards import decode_image
 from model_core.documents import UserError
-from model_core.models.reward import square_tensor
 from model_core.objectives.preference import TIE, A, B
 from model_core.recipe import EDIT_DIMENSIONS, Dimension
 
@@ -88,10 +83,8 @@ def read_pairs(path: Path, *, dimension: Dimension) -> LabelledPairs:
     for split, pairs in by_split.items():
         if all(pair.label == TIE for pair in pairs):
             told = "; ".join(f"{num} are {label}" for label, num in sorted(skipped.items()))
-            found = f"found no pair with a better picture for {dimension} in the {split} split of {path.name}" + (
-                f" ({told})" if told else ""
-            )
-            raise UserError(f"preferences: {found}; allowed is at least one")
+            found = f"found no pair with a better picture for {dimension} in the {split} split of {path.name}"
+            raise UserError(f"preferences: {found}{f' ({told})' if told else ''}; allowed is at least one")
     return LabelledPairs(by_split, dict(skipped))
 
 
@@ -105,8 +98,3 @@ def batch_places(num_pairs: int, batch_size: int, *, step: int, key: Sequence[ob
             orders[epoch] = keyed_permutation(num_pairs, *key, epoch).tolist()
         places.append(orders[epoch][place])
     return places
-
-
-def picture_tensors(rows: Sequence[Sequence[bytes]], *, image_px: int) -> Tensor:
-    """(P, 3, image_px, image_px): the pictures of each row in order."""
-    return torch.stack([square_tensor(decode_image(data), image_px) for row in rows for data in row])

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from model_core.data.reward_pairs import Pair, picture_tensors
-from model_core.models.reward import Calibration, Judgement, RewardModel
+from model_core.data.reward_pairs import Pair
+from model_core.data.shards import decode_image
+from model_core.models.reward import Calibration, Judgement, RewardModel, request_pictures
 from model_core.objectives.preference import TIE, A, expected_score, fit_temperature
 
 JUDGED_AT_ONCE = 32  # pairs
@@ -31,9 +32,12 @@ class PairJudgements:
 
 def judge(model: RewardModel, pairs: Sequence[Pair]) -> Judgement:
     """What the model says of all a and then all b of these pairs."""
-    chats = [model.chat(pair.prompt, num_images=len(pair.sources) + 1) for pair in pairs]
-    rows = [[*pair.sources, pair.image_a] for pair in pairs] + [[*pair.sources, pair.image_b] for pair in pairs]
-    judgement: Judgement = model(chats * 2, picture_tensors(rows, image_px=model.image_px).to(model.score_head.weight.device))
+    chats = [model.chat(pair.prompt, num_sources=len(pair.sources)) for pair in pairs]
+    pictures = [
+        request_pictures([decode_image(source) for source in pair.sources], decode_image(picture), image_px=model.image_px)
+        for pair, picture in [(pair, pair.image_a) for pair in pairs] + [(pair, pair.image_b) for pair in pairs]
+    ]
+    judgement: Judgement = model(chats * 2, torch.cat(pictures).to(model.score_head.weight.device))
     return judgement
 
 

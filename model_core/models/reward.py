@@ -33,11 +33,11 @@ HEADS, SETTINGS = "heads.safetensors", "reward.json"
 PADDING = (128, 128, 128)  # beside a picture that is not square
 TINY_PATCH_PX = 8  # four patches are an image token: a quarter of the side of a picture of 64 px
 RUBRICS: dict[Dimension, str] = {
-    "aesthetics": "Judge balance, lighting, texture and coherence.",
-    "alignment": "Judge whether all that the prompt names is there, and as it says.",
-    "portrait": "Judge anatomy, proportions of the face, skin and hair.",
-    "instruction_following": "Judge whether the edit was done as told.",
-    "visual_consistency": "Judge whether all that was not to change is as it was.",
+    "aesthetics": "Is it balanced, well lit, rich and coherent?",
+    "alignment": "Does it show all that was asked for?",
+    "portrait": "Are face, body, skin and hair right?",
+    "instruction_following": "Was it edited as told?",
+    "visual_consistency": "Did all else stay as it was?",
 }
 PROMPT_DIMENSIONS: tuple[Dimension, ...] = ("alignment", "instruction_following")  # judged by how likely the prompt is, too
 
@@ -93,7 +93,8 @@ class RewardModel(nn.Module):
         self.trunk, self.tokenizer, self.dimension, self.image_px = trunk, tokenizer, dimension, image_px
         self.reads_likelihood = dimension in PROMPT_DIMENSIONS
         self.calibration = Calibration()
-        dim = int(trunk.config.text_config.hidden_size)
+        text: Any = trunk.config.text_config
+        dim = int(text.hidden_size)
         features = dim + 2 * self.reads_likelihood
         self.score_head, self.preference_head = nn.Linear(features, len(SCORES)), nn.Linear(features, 2)
         for head in (self.score_head, self.preference_head):
@@ -104,12 +105,12 @@ class RewardModel(nn.Module):
             if self.reads_likelihood:
                 self.preference_head.weight[0, dim] = 1.0  # the likelier the prompt, the better
 
-    def chat(self, prompt: str, *, num_images: int) -> Chat:
-        """The request's tokens: an edit's sources and the picture, the prompt, and what to judge.
+    def chat(self, prompt: str, *, num_sources: int) -> Chat:
+        """The request's tokens: the pictures of `request_pictures`, the prompt, and what to judge.
 
         Raises UserError for a prompt that holds the mark of an image slot.
         """
-        slot = self.trunk.config.image_token_id
+        slot, num_images = self.trunk.config.image_token_id, _num_images(num_sources)
         before, after = user_turn("\0", num_images=num_images).split("\0")
         parts = [self._token_ids(text) for text in (before, prompt or " ", f"\n{RUBRICS[self.dimension]}{after}")]
         if slot in parts[1]:
@@ -178,6 +179,18 @@ def calibrated(judgement: Judgement, calibration: Calibration) -> tuple[Tensor, 
     return read * calibration.scale + calibration.shift, judgement.log_deviation.exp() * calibration.uncertainty_scale
 
 
+def request_pictures(sources: Sequence[Image.Image], picture: Image.Image, *, image_px: int) -> Tensor:
+    """What the model is shown of a request, (N, 3, image_px, image_px): sources, the picture and, of an edit, the difference.
+
+    The difference is that of the picture from the first source, on gray: attention would have to learn for each place to look at
+    the same place of another picture. Without sources N is 1, else their number and two.
+    """
+    squares = [square_tensor(image, image_px) for image in (*sources, picture)]
+    if sources:
+        squares.append((squares[-1] - squares[0]).clamp(-1, 1))
+    return torch.stack(squares)
+
+
 def square_tensor(image: Image.Image, side_px: int) -> Tensor:
     """(3, side, side) in [-1, 1]: the whole picture, its longer side scaled to `side_px`, centred on gray."""
     picture = on_white(image)
@@ -192,9 +205,9 @@ def square_tensor(image: Image.Image, side_px: int) -> Tensor:
     return image_tensor(picture)
 
 
-def tiny_reward(config: RewardTrunk, prompts: Iterable[str], *, dimension: Dimension, num_images: int, seed: int) -> RewardModel:
+def tiny_reward(config: RewardTrunk, prompts: Iterable[str], *, dimension: Dimension, num_sources: int, seed: int) -> RewardModel:
     """A reward model with fresh weights keyed by `seed`, and a tokenizer of these prompts as they stand in its chats."""
-    turns = [user_turn(f"{prompt}\n{RUBRICS[dimension]}", num_images=num_images) for prompt in prompts]
+    turns = [user_turn(f"{prompt}\n{RUBRICS[dimension]}", num_images=_num_images(num_sources)) for prompt in prompts]
     tokenizer = train_tokenizer(turns, vocab_size=config.vocab_size)
     vision = TinyVision(
         num_layers=config.vision_layers,
@@ -244,6 +257,11 @@ def load_reward(folder: Path, *, dtype: torch.dtype = torch.float32) -> RewardMo
     model.load_state_dict(load_file(folder / HEADS), strict=False)
     model.calibration = Calibration(**settings["calibration"])
     return model.eval().requires_grad_(False)
+
+
+def _num_images(num_sources: int) -> int:
+    """Pictures of a request: the difference comes with sources alone."""
+    return num_sources + 2 if num_sources else 1
 
 
 def _read_trunk(folder: Path, dtype: torch.dtype) -> tuple[Qwen3VLForConditionalGeneration, PreTrainedTokenizerBase]:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 
 from model_core.documents import UserError
-from model_core.models.reward import RewardModel, calibrated, square_tensor
+from model_core.models.reward import RewardModel, calibrated, request_pictures
 from model_core.recipe import EDIT_DIMENSIONS
 from model_core.rewards.verdict import Invalid, Score, ScoreRequest, Value
 
@@ -44,7 +43,7 @@ class RewardScorer:
         if not request.prompt.strip():
             return "no prompt"
         try:
-            self._model.chat(request.prompt, num_images=1)
+            self._model.chat(request.prompt, num_sources=0)
         except UserError as error:
             return str(error)
         return ""
@@ -52,14 +51,13 @@ class RewardScorer:
     @torch.inference_mode()
     def _judge(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         model = self._model
-        rows = [[*self._sources(request), request.image] for request in requests]
-        pictures = torch.stack([square_tensor(image, model.image_px) for row in rows for image in row])
-        chats = [model.chat(request.prompt, num_images=len(row)) for request, row in zip(requests, rows, strict=True)]
-        values, deviations = calibrated(model(chats, pictures.to(model.score_head.weight.device)), model.calibration)
+        sources = [request.sources if model.dimension in EDIT_DIMENSIONS else () for request in requests]
+        pictures = [
+            request_pictures(given, request.image, image_px=model.image_px) for request, given in zip(requests, sources, strict=True)
+        ]
+        chats = [model.chat(request.prompt, num_sources=len(given)) for request, given in zip(requests, sources, strict=True)]
+        values, deviations = calibrated(model(chats, torch.cat(pictures).to(model.score_head.weight.device)), model.calibration)
         return [
             Value(value, deviation) if math.isfinite(value) and math.isfinite(deviation) else Invalid(f"the model's value is {value}")
             for value, deviation in zip(values.tolist(), deviations.tolist(), strict=True)
         ]
-
-    def _sources(self, request: ScoreRequest) -> Sequence[Image.Image]:
-        return request.sources if self._model.dimension in EDIT_DIMENSIONS else ()

@@ -61,6 +61,22 @@ def tiny_qwen3_vl(
     half = head_dim // 2
     sections = [half - 2 * (half // 3), half // 3, half // 3]
     special = {name: index for index, name in enumerate(SPECIAL_TOKENS)}
+    text_config: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": 3 * config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "head_dim": head_dim,
+        "vocab_size": num_tokens,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "mrope_section": sections,
+            "mrope_interleaved": True,
+        },
+    }
     vision_config: dict[str, Any] = {
         "depth": 1,
         "hidden_size": 32,
@@ -70,9 +86,8 @@ def tiny_qwen3_vl(
         "deepstack_visual_indexes": [0],
         "num_position_embeddings": 16,
     }
-    scale: dict[str, Any] = {}
     if vision is not None:
-        scale = {"initializer_range": config.hidden_size**-0.5}
+        text_config |= {"initializer_range": config.hidden_size**-0.5, "intermediate_size": 2 * config.hidden_size}
         vision_config |= {
             "depth": vision.num_layers,
             "hidden_size": vision.hidden_size,
@@ -88,23 +103,7 @@ def tiny_qwen3_vl(
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(
             Qwen3VLConfig(
-                text_config={
-                    "hidden_size": config.hidden_size,
-                    "intermediate_size": 3 * config.hidden_size,
-                    "num_hidden_layers": config.num_layers,
-                    "num_attention_heads": config.num_heads,
-                    "num_key_value_heads": config.num_heads,
-                    "head_dim": head_dim,
-                    "vocab_size": num_tokens,
-                    "max_position_embeddings": 4096,
-                    **scale,
-                    "rope_parameters": {
-                        "rope_type": "default",
-                        "rope_theta": 10_000.0,
-                        "mrope_section": sections,
-                        "mrope_interleaved": True,
-                    },
-                },
+                text_config=text_config,
                 vision_config=vision_config,
                 image_token_id=special["<|image_pad|>"],
                 video_token_id=special["<|video_pad|>"],

@@ -157,8 +157,8 @@ def _initial_model(config: Reward, train: Sequence[Pair], *, dimension: Dimensio
     """Fresh heads, whose weights no generator draws, on the trunk at `reward.trunk.path` or a tiny one keyed by the seed."""
     if config.trunk.path is not None:
         return open_reward_trunk(Path(config.trunk.path).expanduser(), dimension=dimension, image_px=config.trunk.image_px)
-    most = max(len(pair.sources) for pair in train) + 1
-    return tiny_reward(config.trunk, [pair.prompt for pair in train], dimension=dimension, num_images=most, seed=seed)
+    most = max(len(pair.sources) for pair in train)
+    return tiny_reward(config.trunk, [pair.prompt for pair in train], dimension=dimension, num_sources=most, seed=seed)
 
 
 def _publish(context: StepContext, model: RewardModel, pairs: LabelledPairs, curves: Curves) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from model_core.recipe import Alarms
 
-NOISE = 5.0  # standard errors that a fall must exceed
+NOISE = 4.0  # standard errors that a fall must exceed
 HIGH_FREQUENCY = 0.5  # of the Nyquist frequency, from which on energy counts as high
 
 
@@ -89,10 +90,13 @@ class AlarmBell:
         return alarms
 
     def _noise(self, name: str) -> float:
-        """What the means of two windows may differ by through their prompts alone: NOISE standard errors of the difference."""
-        window, values = self._settings.window, [update.get(name) for update in self._heard]
-        parts = [[value for value in part if value is not None] for part in (values[:window], values[-window:])]
-        return NOISE * math.sqrt(sum(statistics.variance(part) / len(part) for part in parts if len(part) > 1))
+        """What the means of two windows may differ by through their prompts alone: NOISE standard errors of the difference.
+
+        The deviation between updates is told by neighbours, which a slow drift leaves alone (von Neumann 1941).
+        """
+        values = [value for update in self._heard if (value := update.get(name)) is not None]
+        steps = [(after - before) ** 2 / 2 for before, after in pairwise(values)]
+        return NOISE * math.sqrt(2 * statistics.fmean(steps) / self._settings.window) if steps else 0.0
 
     def _first(self, name: str) -> float:
         return self._mean(name, self._heard[: self._settings.window])
