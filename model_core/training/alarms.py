@@ -16,7 +16,7 @@ from PIL import Image
 
 from model_core.recipe import Alarms
 
-NOISE = 4.0  # standard errors that a fall must exceed
+NOISE = 5.0  # standard errors that a fall must exceed
 HIGH_FREQUENCY = 0.5  # of the Nyquist frequency, from which on energy counts as high
 
 
