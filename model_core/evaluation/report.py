@@ -105,6 +105,8 @@ def pictures_of(body: dict[str, Any]) -> list[str]:
             yield from (*entry["sources"], entry["result"], entry["target"])
         for entry in body["reconstructions"]:
             yield from (entry["original"], entry["decoded"])
+        for entry in body.get("alignment", {}).get("shown", []):
+            yield from entry["pictures"].values()
 
     return list(dict.fromkeys(found()))
 
@@ -136,6 +138,7 @@ def render_page(
         groups=GROUPS,
         picture=lambda name: _inline(read(name)),
         charts=_charts(body["curves"]) if body else [],
+        reward_charts=reward_charts(body["alignment"]["points"]) if body and "alignment" in body else [],
         longest=max([step.seconds for step in run.steps if not step.reused], default=0.0) if run else 0.0,
     )
 
@@ -163,6 +166,19 @@ def _charts(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if points:
             svg = Markup(line_chart(points, label="loss by optimizer step"))
             charts.append({"title": curve["title"], "svg": svg, "last": points[-1][1], "steps": int(points[-1][0])})
+    return charts
+
+
+def reward_charts(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Title, SVG and last value of each reward's mean by update: the total, the gold one, then each by itself."""
+    names = sorted({name for point in points for name in point if name.startswith("reward/")})
+    titles = {"reward": "training reward", "gold": "gold reward, never trained on"} | {name: name.removeprefix("reward/") for name in names}
+    charts = []
+    for name, title in titles.items():
+        known = [(float(point["update"] + 1), float(point[name])) for point in points if name in point]
+        if known:
+            svg = Markup(line_chart(known, label=f"{title} by update"))
+            charts.append({"title": title, "svg": svg, "last": known[-1][1], "steps": int(known[-1][0])})
     return charts
 
 

@@ -25,10 +25,11 @@ from model_core.documents import UserError
 from model_core.evaluation.before_after import Drawn, FixedPrompt, compare, draw_fixed, fixed_prompts
 from model_core.evaluation.drawing import Painter
 from model_core.evaluation.judge import Judge
+from model_core.evaluation.reward_card import FILE_NAME as REPORT_CARD
 from model_core.models.condition import load_encoder
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
 from model_core.models.vae import load_vae
-from model_core.recipe import GRPO
+from model_core.recipe import DIMENSIONS, GRPO
 from model_core.rewards.client import HTTPScorer
 from model_core.rewards.opening import model_scorers, open_scorer
 from model_core.rewards.overlap import OverlappedScoring
@@ -44,6 +45,7 @@ from model_core.training.policy_update import PolicyUpdate, UpdateRecord
 from model_core.training.rollouts import Artist
 from model_core.training.stopping import Stopped, noting_sigterm
 
+ALIGNMENT = "alignment.json"
 ONE, MERGED = "policy", "merged"
 KINDS = ("image", "edit")
 NUM_SHOWN = 12  # pairs in the picture of before and after
@@ -170,11 +172,11 @@ class _Alignment:
             "changes": self.record.changes,
             "comparison": comparison,
             "guidance_mode": self.config.guidance_mode,
-            "rewards": list(self.config.rewards),
             "gold": self.config.gold,
-            "pictures": shown,
+            "report_cards": _report_cards(self.context),
+            "shown": shown,
         }
-        (output / "alignment.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        (output / ALIGNMENT).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         lines = [json.dumps(line, sort_keys=True, allow_nan=False) for line in self.record.ledger]
         (output / "prompts.jsonl").write_text("".join(line + "\n" for line in lines))
         history = self.context.inputs["model"].path("history.json").read_bytes()
@@ -271,6 +273,13 @@ class _Alignment:
         contact_sheet(cells, columns=3).save(sheet)
         self.context.tracker.image("before_after", sheet, 0)
         return shown
+
+
+def _report_cards(context: StepContext) -> dict[str, Any]:
+    """What each reward model that the step was given is worth: its accuracy on pairs that it never saw."""
+    kept = ("accuracy", "accuracy_3way", "pairs")
+    cards = {name: context.inputs[name].read_json(REPORT_CARD) for name in DIMENSIONS if name in context.inputs}
+    return {name: {key: card[key] for key in kept} for name, card in cards.items()}
 
 
 def _save(path: Path, picture: Image.Image) -> str:

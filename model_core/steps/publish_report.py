@@ -13,6 +13,7 @@ from typing import Any
 
 from model_core.context import StepContext
 from model_core.evaluation.report import BODY, PAGE, pictures_of, render_page
+from model_core.steps.align_grpo import ALIGNMENT
 
 KEPT_PARTS = ("content_digest", "key", "stage", "step")  # of each part of the registered model
 
@@ -38,11 +39,15 @@ def run(context: StepContext) -> dict[str, Any]:
             "parts": {name: {key: part[key] for key in KEPT_PARTS} for name, part in registered["parts"].items()},
         },
     }
+    aligned = inputs["model"] if ALIGNMENT in inputs["model"].names() else None
+    if aligned is not None:
+        body["alignment"] = aligned.read_json(ALIGNMENT)
     pictures = pictures_of(body)
     for name in pictures:
         target = context.output / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(evaluation.path(name), target)
+        drawn_by = aligned if aligned is not None and name in aligned.names() else evaluation
+        shutil.copyfile(drawn_by.path(name), target)
     (context.output / BODY).write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = render_page(body, read=lambda name: (context.output / name).read_bytes())
     (context.output / PAGE).write_text(page, encoding="utf-8")

@@ -17,7 +17,7 @@ from model_core.training.optim import Optimizer
 
 
 class PolicyState:
-    """Begins from `start`, which stays as it is; one Stateful of a checkpoint."""
+    """Begins from `start`, which it takes over and freezes; one Stateful of a checkpoint."""
 
     def __init__(self, start: MMDiT, config: GRPO, *, seed: int) -> None:
         self._start, self._config, self._seed = start.requires_grad_(False).eval(), config, seed
