@@ -37,7 +37,7 @@ class Tracking(Section):
 class Rewards(Section):
     """Where align_grpo has its rewards from. `uri` None scores in the step's own process."""
 
-    uri: Annotated[str, Field(pattern=r"^https?://[^/]")] | None = None  # of a reward service
+    uri: Annotated[str, Field(pattern=r"^https?://(\[[0-9a-fA-F:]+\]|[^/:\s]+)(:\d+)?(/\S*)?$")] | None = None  # of a reward service
     timeout_seconds: Annotated[float, Field(gt=0.0)] = 120.0  # the longest silence of a request that the service has
     patience_seconds: Annotated[float, Field(ge=0.0)] = 900.0  # how long a request is sent again before the step ends; 0: sent once
 
@@ -74,11 +74,15 @@ class Launch(Section):
         alone = f"allowed is 1, more are for {' and '.join(parallel)} alone"
         if self.default.processes > 1:
             raise ValueError(f"default: found {self.default.processes} processes; {alone}, under steps")
+        if self.default.reward_service:
+            raise ValueError("default: found reward_service true; allowed is false, it is for steps.align_grpo alone")
         for name, profile in self.steps.items():
             if name not in STEPS:
                 raise ValueError(f"steps: found {name!r}; allowed are {', '.join(STEPS)}")
             if profile.processes > 1 and name not in parallel:
                 raise ValueError(f"steps.{name}: found {profile.processes} processes; {alone}")
+            if profile.reward_service and name != "align_grpo":
+                raise ValueError(f"steps.{name}: found reward_service true; allowed is false, it is for steps.align_grpo alone")
         return self
 
     def profile(self, step: str) -> LaunchProfile:

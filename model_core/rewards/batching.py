@@ -73,11 +73,11 @@ class Batcher:
                 answers = settled(
                     self._scorer.score(requests), self._scorer.names, len(requests), who=f"the scorer of {', '.join(self._scorer.names)}"
                 )
+                self._scored(answers)
             except Exception as error:  # noqa: BLE001 - goes to all who wait for it
                 for _, future in batch:
                     future.set_exception(error)
                 continue
-            self._scored(answers)
             for (_, future), answer in zip(batch, answers, strict=True):
                 future.set_result(answer)
 

@@ -221,14 +221,40 @@ def test_without_a_service_rewards_are_scored_in_process(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "rewards", [{"uri": "localhost:80"}, {"uri": "http:///x"}, {"timeout_seconds": 0}, {"patience_seconds": -1}, {"url": "http://x"}]
+    "rewards",
+    [
+        {"uri": "localhost:80"},
+        {"uri": "http:///x"},
+        {"uri": "http://host:port"},
+        {"timeout_seconds": 0},
+        {"patience_seconds": -1},
+        {"url": "http://x"},
+    ],
 )
 def test_a_site_with_wrong_rewards_is_refused(rewards: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"site: rewards\."):
         parse_site({"rewards": rewards}, "site")
 
 
+@pytest.mark.parametrize("launch", [{"default": {"reward_service": True}}, {"steps": {"train_vae": {"reward_service": True}}}])
+def test_a_reward_service_beside_another_step_is_refused(launch: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"found reward_service true; allowed is false, it is for steps\.align_grpo alone"):
+        parse_site({"launch": launch}, "site")
+
+
 def test_the_launcher_and_the_step_speak_of_the_same_variable() -> None:
     from components.launch import rewards
 
     assert rewards.URI_VARIABLE == URI_VARIABLE
+
+
+def test_rewards_that_cannot_be_had_end_a_step_as_something_to_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from model_core import __main__ as program
+
+    def unavailable(*_: object) -> None:
+        raise RewardUnavailable("none after 900 s")
+
+    monkeypatch.setattr(program, "load_site", unavailable)
+    monkeypatch.setattr(program.signal, "signal", lambda *_: None)
+    given = ["train_vae", "--recipe", "r", "--site", "s", "--run", "r", "--output", "o"]
+    assert program.main(given) == program.INFRASTRUCTURE
