@@ -52,7 +52,9 @@ class RewardScorer:
     def _judge(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         model = self._model
         sources = [request.sources if model.dimension in EDIT_DIMENSIONS else () for request in requests]
-        pictures = [request_pictures(given, request.image, image_px=model.image_px) for request, given in zip(requests, sources, strict=True)]
+        pictures = [
+            request_pictures(given, request.image, image_px=model.image_px) for request, given in zip(requests, sources, strict=True)
+        ]
         chats = [model.chat(request.prompt, num_sources=len(given)) for request, given in zip(requests, sources, strict=True)]
         values, deviations = calibrated(model(chats, torch.cat(pictures).to(model.score_head.weight.device)), model.calibration)
         return [
