@@ -18,6 +18,7 @@ from model_core.code_version import code_version
 from model_core.context import StepContext
 from model_core.documents import UserError
 from model_core.manifest import Manifest, TrackedRun
+from model_core.outside import outside_fingerprint
 from model_core.progress import Progress
 from model_core.publication import CHECKPOINTS
 from model_core.recipe import Recipe, section
@@ -61,12 +62,8 @@ class Task:
 
 
 def make_task(spec: StepSpec, recipe: Recipe, site: Site, *, run: str, stage: str | None, inputs: dict[str, Manifest]) -> Task:
-    """The task with its key worked out; a step that reads sources looks at what they hold now."""
-    sources = None
-    if spec.sources:
-        from model_core.data.sources import source_fingerprint
-
-        sources = source_fingerprint(recipe, site)
+    """The task with its key worked out; a step that reads sources or votes looks at what they hold now."""
+    sources = outside_fingerprint(spec, recipe, site)
     address = Address(spec.name, stage, step_key(spec, recipe, stage=stage, inputs=inputs, sources=sources))
     return Task(spec=spec, recipe=recipe, run=run, inputs=inputs, workspace=Workspace(site), address=address)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from model_core.manifest import Manifest
+from model_core.outside import outside_fingerprint
 from model_core.recipe import Recipe
 from model_core.site import Site
 from model_core.steps.registry import STEPS, step_spec
@@ -60,8 +61,6 @@ def training_tasks(stages: Sequence[str]) -> list[Task]:
 
 def plan_run(recipe: Recipe, site: Site) -> list[PlannedStep]:
     """The steps of a run of `recipe` at `site`, in order, with what is known of each."""
-    from model_core.data.sources import source_fingerprint
-
     workspace = Workspace(site)
     found: dict[str, Manifest] = {}
     planned = []
@@ -71,7 +70,7 @@ def plan_run(recipe: Recipe, site: Site) -> list[PlannedStep]:
             planned.append(PlannedStep(task, None, "after others"))
             continue
         inputs = {name: found[parent] for name, parent in task.inputs.items()}
-        key = step_key(spec, recipe, stage=task.stage, inputs=inputs, sources=source_fingerprint(recipe, site) if spec.sources else None)
+        key = step_key(spec, recipe, stage=task.stage, inputs=inputs, sources=outside_fingerprint(spec, recipe, site))
         manifest = workspace.find(Address(task.step, task.stage, key))
         if manifest is not None:
             found[task.name] = manifest

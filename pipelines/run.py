@@ -80,6 +80,7 @@ def check_inputs(recipe: Recipe, site: Site) -> None:
     from model_core.data.filters import check_filters
     from model_core.data.sources import check_sources
     from model_core.data.typefaces import check_typefaces
+    from model_core.data.votes import load_votes
     from model_core.models.earlier_mmdit import check_earlier
 
     folders = {
@@ -100,6 +101,7 @@ def check_inputs(recipe: Recipe, site: Site) -> None:
     check_edits(recipe)
     check_filters(recipe)
     check_typefaces(recipe.text_images)
+    load_votes(recipe, site)
 
 
 def check_workspace(site: Site) -> None:

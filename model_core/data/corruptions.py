@@ -9,6 +9,7 @@
 | color_cast | a keyed constant added to the channels, of sum zero |
 | grid | a fine pattern of alternating brightness, as reinforcement learning leaves on skin and sky |
 | jpeg | JPEG at a low quality: blocks of 8 px |
+| patches | squares of 16 px, a latent's cell, each a little off in colour, as a model leaves them that has trained too little |
 | bands | horizontal bands of brightness |
 | shift | the picture moved to the right and down, wrapped around: no fault of looks, but of an edit that is to leave all in its place |
 """
@@ -21,10 +22,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from model_core.data.keys import keyed_generator
+from model_core.recipe import CompressionRatio
 
 MAX_SEVERITY = 4
 BEST_SCORE = 5.0
-AESTHETIC = ("blur", "noise", "low_contrast", "oversaturation", "color_cast", "grid", "jpeg", "bands")
+AESTHETIC = ("blur", "noise", "low_contrast", "oversaturation", "color_cast", "grid", "jpeg", "patches", "bands")
 LUMA = np.array((0.299, 0.587, 0.114))  # Rec. 601
 
 # One entry a severity, 1 to 4. Lengths are pixels on a picture of 64, levels are of 255.
@@ -34,7 +36,8 @@ CONTRAST = (0.72, 0.5, 0.32, 0.18)
 SATURATION = (1.4, 1.9, 2.7, 4.0)
 CAST = (12.0, 24.0, 42.0, 66.0)
 GRID = (8.0, 16.0, 28.0, 46.0)
-JPEG_QUALITY = (25, 12, 6, 2)
+JPEG_QUALITY = (30, 15, 8, 4)
+PATCHES = (5.0, 10.0, 18.0, 30.0)
 BANDS = (10.0, 20.0, 34.0, 54.0)
 SHIFT = (2.0, 4.0, 7.0, 11.0)
 
@@ -63,7 +66,7 @@ def corrupt(picture: Image.Image, kind: str, severity: int, *key: object) -> Ima
         return picture.filter(ImageFilter.GaussianBlur(BLUR_RADIUS[level] * scale))
     if kind == "jpeg":
         return _jpeg(picture, JPEG_QUALITY[level])
-    pixels = np.asarray(picture, dtype=np.float32)
+    pixels: np.ndarray = np.asarray(picture, dtype=np.float32)
     height, width = pixels.shape[:2]
     if kind == "noise":
         pixels = pixels + NOISE_SIGMA[level] * generator.standard_normal(pixels.shape, dtype=np.float32)
@@ -79,6 +82,9 @@ def corrupt(picture: Image.Image, kind: str, severity: int, *key: object) -> Ima
         cell = max(1, round(int(generator.integers(1, 3)) * scale))
         rows, columns = np.arange(height)[:, None] // cell, np.arange(width)[None] // cell
         pixels = pixels + GRID[level] * np.where((rows + columns) % 2, 1.0, -1.0)[..., None]
+    elif kind == "patches":
+        cells = generator.standard_normal((-(-height // CompressionRatio), -(-width // CompressionRatio), 3))
+        pixels = pixels + PATCHES[level] * cells.repeat(CompressionRatio, axis=0).repeat(CompressionRatio, axis=1)[:height, :width]
     elif kind == "bands":
         period, phase = generator.uniform(*BAND_PERIOD) * scale, generator.uniform(0, 2 * np.pi)
         pixels = pixels + BANDS[level] * np.sin(2 * np.pi * np.arange(height) / period + phase)[:, None, None]

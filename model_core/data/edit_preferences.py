@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -27,22 +26,21 @@ from model_core.data.edits import (
     styled,
     with_damage,
 )
-from model_core.data.keys import keyed_generator
+from model_core.data.keys import keyed_generator, one_of
 from model_core.data.known_pairs import KnownPair, Shown, instruction_split, scene_split
 from model_core.data.preferences import Split
 from model_core.data.scene_changes import MIN_DIFFERENCE, changed, other_value, score_of_wrong
 from model_core.data.synthetic import Scene, is_held_out, render, training_scene
 from model_core.recipe import Dimension, Preferences, Scenes
 
-Item = TypeVar("Item")
-
 SCENE_OPERATIONS = ("attribute", "background", "text", "removal", "style", "restoration", "multi_reference")
 PICTURE_OPERATIONS = ("style", "restoration")
 REFERENCED = ("color", "shape", "background", "text")  # attributes that a second picture gives
 FRAMES = ("{}", "{}", "please {}", "{} and leave the rest as it is", "in this picture, {}")  # ways to say an instruction
 ATTRIBUTES = ("color", "shape", "position", "background", "text")
+STYLE_LEAVES = ("shape", "position", "text")  # a style takes the colours away
 SPOILED = ("noise", "blur", "color_cast", "shift")  # corruptions outside the edited region
-SPOILED_STYLE = ("noise", "blur", "shift")
+SPOILED_STYLE = ("blur", "shift")  # noise has colours, and would be a style that failed
 SPOILED_REPAIR = ("shift",)  # noise or blur would be a repair that failed
 NUM_EXTRA = ((0, 1), (0, 1), (0, 2), (1, 2))  # attributes that changed though not asked to, in the better and the worse result
 SAME_LEVELS = 8  # source and result agree at a pixel whose channels differ by no more than this, of 255
@@ -121,23 +119,30 @@ def edit_pair(
 def _scene_edit(
     config: Preferences, scenes: Scenes, scene: Scene, split: Split, generator: np.random.Generator, key: tuple[object, ...]
 ) -> _Edit | None:
-    operation = _one_of([operation for operation in SCENE_OPERATIONS if applies(operation, scene)], generator)
+    operation = one_of([operation for operation in SCENE_OPERATIONS if applies(operation, scene)], generator)
     if operation in PICTURE_OPERATIONS:
         return _picture_edit(
-            config, lambda: render(scene, scenes.size_px, *key), split, generator, operation=operation, scene=scene, size_px=scenes.size_px, key=key
+            config,
+            lambda: render(scene, scenes.size_px, *key),
+            split,
+            generator,
+            operation=operation,
+            scene=scene,
+            size_px=scenes.size_px,
+            key=key,
         )
     seconds: list[Scene] = []
     if operation == "multi_reference":
-        second, attribute = training_scene(scenes, *key, "second"), _one_of(REFERENCED, generator)
+        second, attribute = training_scene(scenes, *key, "second"), one_of(REFERENCED, generator)
         value, wordings = getattr(second, attribute), reference_wordings(attribute)
         if not value or value == getattr(scene, attribute) or scene_split(config, second) != split:
             return None
         seconds.append(second)
     else:
-        ((attribute, value),) = _one_of(changes(operation, scene, scenes), generator).items()
+        ((attribute, value),) = one_of(changes(operation, scene, scenes), generator).items()
         wordings = change_wordings(scene, attribute, value)
     right = replace(scene, **{attribute: value})
-    instruction = _one_of(FRAMES, generator).format(_one_of(wordings, generator))
+    instruction = one_of(FRAMES, generator).format(one_of(wordings, generator))
     if is_held_out(right, scenes.held_out_share) or instruction_split(config, instruction) != split:
         return None
     return _Edit(
@@ -164,10 +169,10 @@ def _picture_edit(
     key: tuple[object, ...] = (),
 ) -> _Edit | None:
     """Style or restoration of any picture, which is opened only when the instruction is of its split."""
-    operation = operation or _one_of(PICTURE_OPERATIONS, generator)
-    asked = _one_of(STYLES if operation == "style" else tuple(REPAIR_WORDINGS), generator)
+    operation = operation or one_of(PICTURE_OPERATIONS, generator)
+    asked = one_of(STYLES if operation == "style" else tuple(REPAIR_WORDINGS), generator)
     wordings = style_wordings(asked) if operation == "style" else REPAIR_WORDINGS[asked]
-    instruction = _one_of(FRAMES, generator).format(_one_of(wordings, generator))
+    instruction = one_of(FRAMES, generator).format(one_of(wordings, generator))
     if instruction_split(config, instruction) != split:
         return None
     picture = open_picture()
@@ -203,9 +208,9 @@ def _followed(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: 
         pairs = [(right, unchanged), (right, half), (half, unchanged)]
         if edit.other_style is not None:
             pairs.append((right, Shown(picture=edit.other_style, score=OTHER_VALUE_SCORE, notes={"fault": "other_value"})))
-        return _one_of(pairs, generator)
+        return one_of(pairs, generator)
     assert edit.scene is not None
-    fault = _one_of(("unchanged", "other_value", "other_attribute"), generator)
+    fault = one_of(("unchanged", "other_value", "other_attribute"), generator)
     if fault == "unchanged":
         return right, unchanged
     return _with(right, edit, _misdone(edit, scenes, generator, fault=fault), fault)
@@ -213,28 +218,15 @@ def _followed(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: 
 
 def _followed_alike(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: tuple[object, ...]) -> tuple[Shown, Shown] | None:
     """The right result, and one that follows the instruction as well, whatever else it changes."""
-    spoiled = _consistent(edit, scenes, generator, key)
+    spoiled = _consistent(edit, scenes, generator, key) if edit.is_whole else _with_extra(edit, scenes, generator, key)
     return None if spoiled is None else (Shown(picture=edit.target, score=BEST_SCORE), replace(spoiled[1], score=BEST_SCORE))
 
 
 def _consistent(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: tuple[object, ...]) -> tuple[Shown, Shown] | None:
     """The right result against one in which another attribute changed too, or that is spoiled outside the edited region."""
     if edit.right is not None and generator.random() < 0.5:
-        names = [name for name in ATTRIBUTES if name != edit.attribute]
-        if edit.attribute == "style":
-            names = ["shape", "position", "text"]  # a style takes the colours away
-        few, many = _one_of(NUM_EXTRA, generator)
-        extra = [names[place] for place in generator.permutation(len(names))[:many]]
-        shows = [changed(edit.right, extra[:num], scenes, keyed_generator(*key, "extra")) for num in (few, many)]
-        if shows[0] is None or shows[1] is None:
-            return None
-        better, worse = (
-            Shown(picture=edit.draw(scene), score=score_of_wrong(num), notes={"fault": f"other_{extra[-1]}" if num else "", "extra": extra[:num]})
-            for scene, num in zip(shows, (few, many), strict=True)
-            if scene is not None
-        )
-        return better, worse
-    kind = _one_of({"style": SPOILED_STYLE, "damage": SPOILED_REPAIR}.get(edit.attribute, SPOILED), generator)
+        return _with_extra(edit, scenes, generator, key)
+    kind = one_of({"style": SPOILED_STYLE, "damage": SPOILED_REPAIR}.get(edit.attribute, SPOILED), generator)
     mild = 0 if generator.random() < 0.5 else int(generator.integers(1, MAX_SEVERITY))
     severe = int(generator.integers(mild + 1, MAX_SEVERITY + 1))
     better, worse = (
@@ -248,6 +240,22 @@ def _consistent(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key
     if rms_difference(edit.target, worse.picture) < rms_difference(edit.target, better.picture) + MIN_DIFFERENCE:
         return None  # such as a blur where there are no edges
     return better, worse
+
+
+def _with_extra(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: tuple[object, ...]) -> tuple[Shown, Shown] | None:
+    """Results in which fewer and more attributes changed that were not to."""
+    assert edit.right is not None
+    names = STYLE_LEAVES if edit.attribute == "style" else tuple(name for name in ATTRIBUTES if name != edit.attribute)
+    few, many = one_of(NUM_EXTRA, generator)
+    extra = [names[place] for place in generator.permutation(len(names))[:many]]
+    fewer, more = (changed(edit.right, extra[:num], scenes, keyed_generator(*key, "extra")) for num in (few, many))
+    if fewer is None or more is None:
+        return None
+    fault = f"other_{extra[-1]}"
+    return (
+        Shown(picture=edit.draw(fewer), score=score_of_wrong(few), notes={"fault": fault if few else "", "extra": extra[:few]}),
+        Shown(picture=edit.draw(more), score=score_of_wrong(many), notes={"fault": fault, "extra": extra}),
+    )
 
 
 def _consistent_alike(edit: _Edit, scenes: Scenes, generator: np.random.Generator, key: tuple[object, ...]) -> tuple[Shown, Shown] | None:
@@ -265,7 +273,7 @@ def _misdone(edit: _Edit, scenes: Scenes, generator: np.random.Generator, *, fau
     assert edit.scene is not None
     assert edit.right is not None
     if fault == "other_attribute":
-        name = _one_of([name for name in ATTRIBUTES if name != edit.attribute], generator)
+        name = one_of([name for name in ATTRIBUTES if name != edit.attribute], generator)
         return changed(edit.scene, [name], scenes, generator)
     value = other_value(edit.scene, edit.attribute, scenes, generator)
     result = replace(edit.scene, **{edit.attribute: value})
@@ -287,7 +295,3 @@ def _spoiled(edit: _Edit, kind: str, severity: int, *key: object) -> Image.Image
     before, after = (np.asarray(picture, dtype=np.int16) for picture in (edit.sources[0], edit.target))
     same = np.abs(before - after).max(axis=2) <= SAME_LEVELS
     return Image.fromarray(np.where(same[..., None], np.asarray(spoiled), np.asarray(edit.target)))
-
-
-def _one_of(values: Sequence[Item], generator: np.random.Generator) -> Item:
-    return values[int(generator.integers(len(values)))]

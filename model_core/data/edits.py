@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from model_core.data.keys import one_of
 from model_core.data.sources import SCENES
 from model_core.data.synthetic import (
     BACKGROUNDS,
@@ -29,8 +30,6 @@ from model_core.data.synthetic import (
 )
 from model_core.documents import UserError
 from model_core.recipe import Recipe, Scenes
-
-Value = TypeVar("Value")
 
 PHOTO_OPERATIONS = ("multi_reference", "restoration", "style")
 STYLES = ("black and white", "sepia")
@@ -82,12 +81,12 @@ def edit_scene(operation: str, scene: Scene, config: Scenes, generator: np.rando
     source = render(scene, config.size_px, *jitter_key)
     wording = int(generator.integers(NUM_WORDINGS))
     if operation == "style":
-        style = _one_of(STYLES, generator)
+        style = one_of(STYLES, generator)
         notes = _notes(operation, scene, scene, attribute="style", before="", after=style, region="all")
         return Edit(
             references=[source],
             target=styled(source, style),
-            instruction=_one_of(style_wordings(style), generator),
+            instruction=one_of(style_wordings(style), generator),
             caption=_styled_caption(scene, style),
             notes=notes,
         )
@@ -100,12 +99,12 @@ def edit_scene(operation: str, scene: Scene, config: Scenes, generator: np.rando
     possible = [change for change in changes(operation, scene, config) if not is_held_out(replace(scene, **change), config.held_out_share)]
     if not possible:
         return None
-    ((attribute, value),) = _one_of(possible, generator).items()
+    ((attribute, value),) = one_of(possible, generator).items()
     result = replace(scene, **{attribute: value})
     return Edit(
         references=[source],
         target=render(result, config.size_px, *jitter_key),
-        instruction=_one_of(change_wordings(scene, attribute, value), generator),
+        instruction=one_of(change_wordings(scene, attribute, value), generator),
         caption=describe(result, wording),
         notes=_notes(
             operation, scene, result, attribute=attribute, before=getattr(scene, attribute), after=value, region=_region(attribute)
@@ -118,9 +117,9 @@ def edit_photo(
 ) -> Edit | None:
     """An edit of any photograph; `second` is another one with its caption. None where it is needed and there is none."""
     if operation == "style":
-        style = _one_of(STYLES, generator)
+        style = one_of(STYLES, generator)
         notes = _notes(operation, None, None, attribute="style", before="", after=style, region="all")
-        instruction = _one_of(style_wordings(style), generator)
+        instruction = one_of(style_wordings(style), generator)
         return Edit(
             references=[photo], target=styled(photo, style), instruction=instruction, caption=f"a {style} picture: {caption}", notes=notes
         )
@@ -130,7 +129,7 @@ def edit_photo(
         return Edit(references=[damaged], target=photo, instruction=instruction, caption=caption, notes=notes)
     if second is None:
         return None
-    instruction = _one_of(
+    instruction = one_of(
         ("give the first image the colors of the second image", "use the colors of the second image for the first image"), generator
     )
     notes = _notes(operation, None, None, attribute="colors", before="", after="", region="all")
@@ -162,7 +161,7 @@ def styled(image: Image.Image, style: str) -> Image.Image:
 def damage_of(image: Image.Image, generator: np.random.Generator) -> tuple[str, Image.Image, str]:
     """(name, damaged picture, instruction that asks for the undamaged one)."""
     damage = "noise" if generator.random() < 0.5 else "blur"
-    return damage, with_damage(image, damage, generator), _one_of(REPAIR_WORDINGS[damage], generator)
+    return damage, with_damage(image, damage, generator), one_of(REPAIR_WORDINGS[damage], generator)
 
 
 def with_damage(image: Image.Image, damage: str, generator: np.random.Generator) -> Image.Image:
@@ -186,7 +185,7 @@ def _scene_from_two(scene: Scene, config: Scenes, generator: np.random.Generator
     """The first picture with one thing of the second: its colour, shape, background or text."""
     for attempt in range(NUM_SECONDS):
         other = training_scene(config, *jitter_key, "second", attempt)
-        attribute = _one_of(("color", "shape", "background", "text"), generator)
+        attribute = one_of(("color", "shape", "background", "text"), generator)
         value = getattr(other, attribute)
         result = replace(scene, **{attribute: value})
         if not value or result == scene or is_held_out(result, config.held_out_share):
@@ -197,7 +196,7 @@ def _scene_from_two(scene: Scene, config: Scenes, generator: np.random.Generator
         return Edit(
             references=[render(scene, config.size_px, *jitter_key), render(other, config.size_px, *jitter_key, "second")],
             target=render(result, config.size_px, *jitter_key),
-            instruction=_one_of(reference_wordings(attribute), generator),
+            instruction=one_of(reference_wordings(attribute), generator),
             caption=describe(result, int(generator.integers(NUM_WORDINGS))),
             notes=notes | {"second": other.to_dict()},
         )
@@ -265,7 +264,3 @@ def _notes(
     change = {"attribute": attribute, "from": before, "to": after, "region": region}
     scenes = {"source": source.to_dict() if source else None, "target": target.to_dict() if target else None}
     return {"operation": operation, "change": change} | scenes
-
-
-def _one_of(values: Sequence[Value], generator: np.random.Generator) -> Value:
-    return values[int(generator.integers(len(values)))]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+Item = TypeVar("Item")
 
 
 def key_bytes(*parts: object) -> bytes:
@@ -34,3 +38,8 @@ def keyed_permutation(size: int, *parts: object) -> np.ndarray:
     """
     bits = np.random.Philox(key=np.frombuffer(key_bytes(*parts)[:16], dtype=np.uint64)).random_raw(size)
     return np.argsort(bits, kind="stable")
+
+
+def one_of(values: Sequence[Item], generator: np.random.Generator) -> Item:
+    """One of the values, all equally likely."""
+    return values[int(generator.integers(len(values)))]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -86,7 +87,8 @@ def describe_portrait(portrait: Portrait, wording: int) -> str:
             return f"the face of a person, {hair}, {shirt}, {background}"
 
 
-def fault_pairs() -> list[tuple[dict[str, int], dict[str, int]]]:
+@lru_cache(maxsize=1)
+def fault_pairs() -> tuple[tuple[dict[str, int], dict[str, int]], ...]:
     """All (lesser, worse) sets of faults: the worse has every fault of the lesser, one of them graver, or one more."""
     single = [{name: severity} for name, (_, severities) in FAULTS.items() for severity in severities]
     pairs: list[tuple[dict[str, int], dict[str, int]]] = [({}, worse) for worse in single]
@@ -96,7 +98,7 @@ def fault_pairs() -> list[tuple[dict[str, int], dict[str, int]]]:
             pairs.append((lesser, other))
         elif FAULTS[name][0] != FAULTS[added][0] and severity + more <= MAX_TOTAL:
             pairs.append((lesser, {**lesser, **other}))
-    return pairs
+    return tuple(pairs)
 
 
 def render_portrait(portrait: Portrait, size_px: int, faults: Mapping[str, int], *jitter_key: object) -> Image.Image:

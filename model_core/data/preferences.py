@@ -22,6 +22,7 @@ from model_core.recipe import Dimension
 FILE_NAME = "preferences.parquet"
 FORMAT = "darkroom-preferences-1"
 RUBRIC_VERSION = "1"
+REAL = "real"  # stands where a model would be named, for pictures that none drew
 ROWS_A_GROUP = 512
 
 Label = Literal["a", "b", "tie", "invalid", "unlabelled"]
@@ -50,8 +51,8 @@ class Preference:
     sources: Sequence[bytes] = ()
     score_a: float | None = None
     score_b: float | None = None
-    model_a: str = "real"
-    model_b: str = "real"
+    model_a: str = REAL
+    model_b: str = REAL
     seed_a: int = 0
     seed_b: int = 0
     num_annotators: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -18,8 +18,8 @@ from model_core.data.buckets import fit
 from model_core.data.corruptions import AESTHETIC, BEST_SCORE, MAX_SEVERITY, corrupt, rms_difference, score_of
 from model_core.data.edit_preferences import edit_pair
 from model_core.data.edits import crop_of
-from model_core.data.keys import keyed_generator, keyed_uniform
-from model_core.data.known_pairs import KnownPair, Shown, caption_split, preference_of, scene_split, split_of
+from model_core.data.keys import keyed_generator, keyed_uniform, one_of
+from model_core.data.known_pairs import KnownPair, Shown, preference_of, scene_split, split_of
 from model_core.data.portraits import NUM_WORDINGS as NUM_PORTRAIT_WORDINGS
 from model_core.data.portraits import describe_portrait, fault_pairs, random_portrait, render_portrait
 from model_core.data.preferences import Preference, Split
@@ -27,8 +27,6 @@ from model_core.data.scene_changes import MIN_DIFFERENCE, NAMED_ALWAYS, changed,
 from model_core.data.synthetic import NUM_WORDINGS, describe, render, training_scene
 from model_core.documents import UserError
 from model_core.recipe import Dimension, Preferences, Scenes
-
-Item = TypeVar("Item")
 
 PORTRAIT_SHARE = 0.2  # of aesthetics' pairs of drawn pictures
 BACKGROUND_WORDINGS = (1, 2)  # of the captions of a scene, those that name its background
@@ -40,10 +38,11 @@ MAX_DRAWS = 2000
 
 @dataclass(frozen=True)
 class Photo:
-    """A picture that nobody can draw again, with its caption; sides are multiples of 16 px."""
+    """A picture that nobody can draw again, with its caption; sides are multiples of 16 px. One caption has one split."""
 
     picture: Image.Image
     caption: str
+    split: Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +84,17 @@ def _pair(
         attempt_key = (*key, attempt)
         generator = keyed_generator(*attempt_key)
         subject_key = (*key, attempt // DRAWS_A_SUBJECT)
-        photo = _one_of(photos, keyed_generator(*subject_key, "photo")) if of_photo else None
+        photo = one_of(photos, keyed_generator(*subject_key, "photo")) if of_photo else None
         if dimension == "portrait":
             pair: KnownPair | None = _portrait_pair(config, scenes, generator, attempt_key, tie=tie)
         elif dimension == "aesthetics":
             pair = _aesthetics_pair(_subject(config, scenes, photo, generator, attempt_key), generator, attempt_key, tie=tie)
         elif dimension == "alignment" and photo is not None:
-            pair = _photo_alignment_pair(config, photo, photos, generator, attempt_key, tie=tie)
+            pair = _photo_alignment_pair(photo, photos, generator, attempt_key, tie=tie)
         elif dimension == "alignment":
             pair = _alignment_pair(config, scenes, generator, attempt_key, tie=tie)
         else:
-            source = (photo.picture, caption_split(config, photo.caption)) if photo else training_scene(scenes, *subject_key, "scene")
+            source = (_crop(photo, subject_key), photo.split) if photo else training_scene(scenes, *subject_key, "scene")
             pair = edit_pair(config, scenes, generator, attempt_key, dimension=dimension, source=source, tie=tie)
         if pair is not None:
             return pair
@@ -104,7 +103,7 @@ def _pair(
 
 def _subject(config: Preferences, scenes: Scenes, photo: Photo | None, generator: np.random.Generator, key: tuple[object, ...]) -> _Subject:
     if photo is not None:
-        return _photo_subject(config, photo, key)
+        return _photo_subject(photo, key)
     return (_portrait_subject if generator.random() < PORTRAIT_SHARE else _scene_subject)(config, scenes, generator, key)
 
 
@@ -130,23 +129,22 @@ def _portrait_subject(config: Preferences, scenes: Scenes, generator: np.random.
     )
 
 
-def _photo_subject(config: Preferences, photo: Photo, key: tuple[object, ...]) -> _Subject:
-    size_px = photo.picture.height, photo.picture.width
+def _photo_subject(photo: Photo, key: tuple[object, ...]) -> _Subject:
     return _Subject(
         prompt=photo.caption,
         category="scene",
-        split=caption_split(config, photo.caption),
-        draw=lambda take: fit(crop_of(photo.picture, keyed_generator(*key, take)), size_px),
+        split=photo.split,
+        draw=lambda take: _crop(photo, (*key, take)),
         notes={},
     )
 
 
 def _aesthetics_pair(subject: _Subject, generator: np.random.Generator, key: tuple[object, ...], *, tie: bool) -> KnownPair | None:
     """One picture with two severities of a corruption; equal ones are two pictures of one subject with the same severity."""
-    clean, kind = subject.draw("one"), _one_of(AESTHETIC, generator)
+    clean, kind = subject.draw("one"), one_of(AESTHETIC, generator)
     if tie:
         mild = severe = int(generator.integers(MAX_SEVERITY + 1))
-        better, worse = (corrupt(picture, kind, mild, *key, take) for take, picture in (("one", clean), ("two", subject.draw("two"))))
+        better, worse = (corrupt(picture, kind, mild, *key) for picture in (clean, subject.draw("two")))
     else:
         mild = 0 if generator.random() < 0.5 else int(generator.integers(1, MAX_SEVERITY))
         severe = int(generator.integers(mild + 1, MAX_SEVERITY + 1))
@@ -174,7 +172,7 @@ def _alignment_pair(
     """
     scene, wording = training_scene(scenes, *key, "scene"), int(generator.integers(NUM_WORDINGS))
     names = [*NAMED_ALWAYS, *(["text"] if scene.text else []), *(["background"] if wording in BACKGROUND_WORDINGS else [])]
-    lesser, more = (0, 0) if tie else _one_of(NUM_WRONG, generator)
+    lesser, more = (0, 0) if tie else one_of(NUM_WRONG, generator)
     wrong = [names[place] for place in generator.permutation(len(names))[:more]]
     near, far = (changed(scene, wrong[:num], scenes, keyed_generator(*key, "wrong")) for num in (lesser, more))
     if near is None or far is None:
@@ -182,7 +180,11 @@ def _alignment_pair(
     if "background" not in names and generator.random() < 0.5:
         far = changed(far, ["background"], scenes, generator) or far
     shown = [
-        Shown(picture=render(shows, scenes.size_px, *key, take), score=score_of_wrong(num), notes={"scene": shows.to_dict(), "wrong": wrong[:num]})
+        Shown(
+            picture=render(shows, scenes.size_px, *key, take),
+            score=score_of_wrong(num),
+            notes={"scene": shows.to_dict(), "wrong": wrong[:num]},
+        )
         for shows, num, take in ((near, lesser, "one"), (far, more, "two"))
     ]
     return KnownPair(
@@ -198,15 +200,15 @@ def _alignment_pair(
 
 
 def _photo_alignment_pair(
-    config: Preferences, photo: Photo, photos: Sequence[Photo], generator: np.random.Generator, key: tuple[object, ...], *, tie: bool
+    photo: Photo, photos: Sequence[Photo], generator: np.random.Generator, key: tuple[object, ...], *, tie: bool
 ) -> KnownPair | None:
     """A caption's own picture and another one, which is of the same split; equal ones are two crops of the caption's own."""
-    subject = _photo_subject(config, photo, key)
-    others = [other for other in photos if other.caption != photo.caption and caption_split(config, other.caption) == subject.split]
+    subject = _photo_subject(photo, key)
+    others = [other for other in photos if other.caption != photo.caption and other.split == photo.split]
     if not others and not tie:
         return None
     own = subject.draw("one")
-    other = subject.draw("two") if tie else fit(_one_of(others, generator).picture, (own.height, own.width))
+    other = subject.draw("two") if tie else fit(one_of(others, generator).picture, (own.height, own.width))
     return KnownPair(
         prompt=subject.prompt,
         category=subject.category,
@@ -225,11 +227,15 @@ def _portrait_pair(
     subject = _portrait_subject(config, scenes, generator, key)
     portrait = random_portrait(*key)
     with_intact = generator.random() < 0.5
-    fewer, more = _one_of([pair for pair in fault_pairs() if with_intact == (not pair[0])], generator)
+    fewer, more = one_of([pair for pair in fault_pairs() if with_intact == (not pair[0])], generator)
     more = fewer if tie else more
     takes = ("one", "two") if tie else ("one", "one")
     shown = [
-        Shown(picture=render_portrait(portrait, scenes.size_px, faults, *key, take), score=score_of(sum(faults.values())), notes={"faults": faults})
+        Shown(
+            picture=render_portrait(portrait, scenes.size_px, faults, *key, take),
+            score=score_of(sum(faults.values())),
+            notes={"faults": faults},
+        )
         for faults, take in zip((fewer, more), takes, strict=True)
     ]
     if not tie and rms_difference(shown[0].picture, shown[1].picture) < MIN_DIFFERENCE:
@@ -246,5 +252,6 @@ def _portrait_pair(
     )
 
 
-def _one_of(values: Sequence[Item], generator: np.random.Generator) -> Item:
-    return values[int(generator.integers(len(values)))]
+def _crop(photo: Photo, key: tuple[object, ...]) -> Image.Image:
+    """A keyed crop of the photograph in its own size."""
+    return fit(crop_of(photo.picture, keyed_generator(*key)), (photo.picture.height, photo.picture.width))

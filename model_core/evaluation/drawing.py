@@ -85,8 +85,17 @@ def draw(painter: Painter, requests: Sequence[Request], *, on_drawn: Callable[[i
 
 @torch.inference_mode()
 def reconstruct(vae: ResidualVAE, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """Each picture through the autoencoder and back; sides are multiples of 16."""
+    """Each picture through the autoencoder and back, those of one size together; sides are multiples of 16."""
     device = vae.latent_mean.device
-    return [
-        tensor_image(decode_pictures(vae, encode_pictures(vae, image_tensor(picture)[None].to(device)))[0].cpu()) for picture in pictures
-    ]
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        groups[picture.size].append(index)
+    decoded: dict[int, Image.Image] = {}
+    for (width, height), members in groups.items():
+        batch_size = max(1, BATCH_PIXELS // (width * height))
+        for first in range(0, len(members), batch_size):
+            chosen = members[first : first + batch_size]
+            images = torch.stack([image_tensor(pictures[index]) for index in chosen]).to(device)
+            images = decode_pictures(vae, encode_pictures(vae, images)).cpu()
+            decoded |= {index: tensor_image(image) for index, image in zip(chosen, images, strict=True)}
+    return [decoded[index] for index in range(len(pictures))]

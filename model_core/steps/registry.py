@@ -16,8 +16,8 @@ class StepSpec:
     `version` is raised when the step's result changes for the same inputs. `sections` are the dotted recipe paths that
     the step reads, `{stage}` standing for its stage: they and nothing else of the recipe enter its key. `optional`
     inputs may be absent. A `staged` step is repeated: for each stage of the curriculum, or for the `stages` named here.
-    `sources` says that the step's key also depends on what the recipe's data sources hold now, `parallel` that several
-    processes may do it together.
+    `sources` says that the step's key also depends on what the recipe's data sources hold now, `votes` on what its files of
+    votes hold, `parallel` that several processes may do it together.
     """
 
     name: str
@@ -29,6 +29,7 @@ class StepSpec:
     staged: bool = False
     stages: tuple[str, ...] = ()
     sources: bool = False
+    votes: bool = False
     parallel: bool = False
 
 
@@ -105,6 +106,7 @@ STEPS: dict[str, StepSpec] = {
             inputs=("images", "edits", "captions", "vae", "encoder", "model"),
             optional=("earlier",),
             kind="dataset",
+            votes=True,
         ),
         StepSpec(
             name="train_reward",
