@@ -42,21 +42,19 @@ def preferences(num: int, *, dimension: Dimension = "aesthetics", **given: Any) 
         level_a, level_b = (int(level) for level in draw.choice([30, 90, 150, 220], size=2, replace=False))
         if number % 8 == 7:
             level_b = level_a
-        yield Preference(
-            **{
-                "pair_id": str(number),
-                "dimension": dimension,
-                "prompt_id": f"prompt {number}",
-                "prompt": PROMPTS[number % len(PROMPTS)],
-                "category": "scene",
-                "image_a": png(square(level_a, number, "a")),
-                "image_b": png(square(level_b, number, "b")),
-                "label": "tie" if level_a == level_b else "a" if level_a > level_b else "b",
-                "reason": "darker",
-                "split": ("train", "train", "validation", "test")[number % 4] if number % 8 != 7 else "train",
-                "score_a": 1 + level_a / 55,
-                "score_b": 1 + level_b / 55,
-                "sources": [png(square(120, number))] if dimension in EDIT_DIMENSIONS else [],
-            }
-            | given
-        )
+        row: dict[str, Any] = {
+            "pair_id": str(number),
+            "dimension": dimension,
+            "prompt_id": f"prompt {number}",
+            "prompt": PROMPTS[number % len(PROMPTS)],
+            "category": "scene",
+            "image_a": png(square(level_a, number, "a")),
+            "image_b": png(square(level_b, number, "b")),
+            "label": "tie" if level_a == level_b else "a" if level_a > level_b else "b",
+            "reason": "darker",
+            "split": ("train", "train", "validation", "test")[number % 4] if number % 8 != 7 else "train",
+            "score_a": 1 + level_a / 55,
+            "score_b": 1 + level_b / 55,
+            "sources": [png(square(120, number))] if dimension in EDIT_DIMENSIONS else [],
+        }
+        yield Preference(**row | given)

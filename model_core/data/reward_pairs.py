@@ -12,11 +12,10 @@ from typing import Any
 from model_core.data.keys import keyed_permutation
 from model_core.data.preferences import Split, read_preferences
 from model_core.documents import UserError
-from model_core.objectives.preference import TIE, A, B
+from model_core.objectives.preference import SCORES, TIE, A, B
 from model_core.recipe import EDIT_DIMENSIONS, Dimension
 
 LABELS = {"a": A, "b": B, "tie": TIE}
-BEST_SCORE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class Pair:
         """Whether a, and b, is all that was asked for: of the highest score or, without scores, the better one."""
         if math.isnan(self.scores[0]) and math.isnan(self.scores[1]):
             return self.label == A, self.label == B
-        return self.scores[0] >= BEST_SCORE, self.scores[1] >= BEST_SCORE
+        return self.scores[0] >= SCORES[-1], self.scores[1] >= SCORES[-1]
 
 
 @dataclass(frozen=True)

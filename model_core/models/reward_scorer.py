@@ -9,14 +9,16 @@ import torch
 
 from model_core.documents import UserError
 from model_core.models.reward import RewardModel, calibrated, request_pictures
+from model_core.objectives.preference import SCORES
 from model_core.recipe import EDIT_DIMENSIONS
 from model_core.rewards.verdict import Invalid, Score, ScoreRequest, Value
 
 SCORED_AT_ONCE = 32
+WIDTH = SCORES[-1] - SCORES[0]  # of the scale that people scored with
 
 
 class RewardScorer:
-    """The reward of one dimension, named as it is. The value lies on the scale of 1 to 5 that people scored with."""
+    """The reward of one dimension, named as it is: 0 for what people would score 1, 1 for a 5, so that all rewards have one scale."""
 
     def __init__(self, model: RewardModel) -> None:
         self._model = model.eval()
@@ -56,6 +58,7 @@ class RewardScorer:
         pictures = [request_pictures(given, request.image, image_px=model.image_px) for request, given in rows]
         chats = [model.chat(request.prompt, num_sources=len(given)) for request, given in zip(requests, sources, strict=True)]
         values, deviations = calibrated(model(chats, torch.cat(pictures).to(model.score_head.weight.device)), model.calibration)
+        values, deviations = (values - SCORES[0]) / WIDTH, deviations / WIDTH
         return [
             Value(value, deviation) if math.isfinite(value) and math.isfinite(deviation) else Invalid(f"the model's value is {value}")
             for value, deviation in zip(values.tolist(), deviations.tolist(), strict=True)

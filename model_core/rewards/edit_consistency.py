@@ -23,15 +23,12 @@ SLACK_SHARE = 1 / 32  # of the side, about a region: jitter is half of it, anti-
 
 
 class EditConsistency:
-    """A scorer of `instruction_following`, with edit_consistency beside it; `scale` are that reward's worst and best value."""
+    """A scorer of `instruction_following`, 0 to 1, with edit_consistency beside it."""
 
-    def __init__(self, instruction: Scorer, *, scale: tuple[float, float]) -> None:
+    def __init__(self, instruction: Scorer) -> None:
         if INSTRUCTION not in instruction.names:
             raise ValueError(f"{NAME}: found a scorer of {', '.join(instruction.names)}; allowed is one of {INSTRUCTION}")
-        if not scale[0] < scale[1]:
-            raise ValueError(f"{NAME}: found the scale {scale}; allowed is a worst value below the best")
         self._instruction = instruction
-        self._scale = scale
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,8 +48,7 @@ class EditConsistency:
         outside = outside_region(request.notes, size=request.sources[0].size) if request.sources else None
         if outside is None:
             return NO_REGION
-        worst, best = self._scale
-        followed = min(1.0, max(0.0, (instruction.value - worst) / (best - worst)))
+        followed = min(1.0, max(0.0, instruction.value))
         return Value(followed * similarity(request.image, request.sources[0], outside))
 
 

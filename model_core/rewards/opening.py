@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from model_core.documents import UserError
 from model_core.manifest import Manifest
@@ -22,7 +21,6 @@ from model_core.site import Site
 from model_core.workspace import InputFolder
 
 URI_VARIABLE = "DARKROOM_REWARDS_URI"  # set by the launcher for a service that it has started beside the step
-POINTWISE_SCALE = (1.0, 5.0)  # worst and best score of a reward model (R4)
 
 
 def open_scorer(site: Site, rewards: Sequence[str], *, local: Callable[[], Sequence[Scorer]], say: Callable[[str], None]) -> Scorer:
@@ -37,20 +35,21 @@ def open_scorer(site: Site, rewards: Sequence[str], *, local: Callable[[], Seque
     return HTTPScorer(uri, rewards, timeout_seconds=settings.timeout_seconds, patience_seconds=settings.patience_seconds, say=say)
 
 
-def model_scorers(rewards: Sequence[str], inputs: Mapping[str, InputFolder], *, scenes: Scenes, device: Any) -> list[Scorer]:
+def model_scorers(rewards: Sequence[str], inputs: Mapping[str, InputFolder], *, scenes: Scenes) -> list[Scorer]:
     """Local scorers with the reward models among a step's inputs that `rewards` need. Raises UserError for a model that is not there."""
     needed = [name for name in DIMENSIONS if name in rewards or (name == INSTRUCTION and CONSISTENCY in rewards)]
     missing = [name for name in needed if name not in inputs]
     if missing:
         raise UserError(f"rewards: found no reward model of {', '.join(missing)} among the inputs; allowed are those that there are")
-    return local_scorers(rewards, scenes=scenes, models=[_open_model(inputs[name], device) for name in needed])
+    return local_scorers(rewards, scenes=scenes, models=[_open_model(inputs[name]) for name in needed])
 
 
-def _open_model(result: InputFolder, device: Any) -> Scorer:
+def _open_model(result: InputFolder) -> Scorer:
     from model_core.models.reward import load_reward  # rules alone need no trunk
     from model_core.models.reward_scorer import RewardScorer
+    from model_core.training.distributed import compute_device
 
-    return RewardScorer(load_reward(result.folder("reward")).to(device))
+    return RewardScorer(load_reward(result.folder("reward")).to(compute_device()))
 
 
 def local_scorers(rewards: Sequence[str], *, scenes: Scenes, models: Sequence[Scorer]) -> list[Scorer]:
@@ -63,17 +62,19 @@ def local_scorers(rewards: Sequence[str], *, scenes: Scenes, models: Sequence[Sc
         if PORTRAIT in model.names:
             model = FaceGated(model, has_face=open_face_finder())
         if INSTRUCTION in model.names:
-            model = EditConsistency(model, scale=POINTWISE_SCALE)
+            model = EditConsistency(model)
         scorers.append(model)
     if TEXT_ACCURACY in rewards:
         scorers.append(TextAccuracy(open_reader()))
     return [*scorers, AttributeCheck(scenes)]
 
 
-def rule_scorer(recipe: Recipe, _site: Site, inputs: Mapping[str, Manifest]) -> Scorer:
-    """The rules alone, text_accuracy where its reader is installed. Raises UserError for reward models among the inputs."""
-    models = [name for name, manifest in inputs.items() if manifest.step == "train_reward"]
-    if models:
-        raise UserError(f"--input: found the reward models {', '.join(models)}; allowed are none, only rules are served")
-    rewards = (*AttributeCheck.names, *([TEXT_ACCURACY] if reader_is_installed() else []))
-    return CombinedScorer(local_scorers(rewards, scenes=recipe.data.scenes, models=()))
+def served_scorer(recipe: Recipe, site: Site, inputs: Mapping[str, Manifest]) -> Scorer:
+    """What the service gives: the rewards of the recipe's grpo, or where it has none the rules.
+
+    `inputs` are those of align_grpo; others than reward models are not read. Raises UserError for a reward model that is not there.
+    """
+    models = {name: InputFolder(manifest, site=site) for name, manifest in inputs.items() if manifest.step == "train_reward"}
+    rules = (*AttributeCheck.names, *([TEXT_ACCURACY] if reader_is_installed() else []))
+    rewards = rules if recipe.grpo is None else recipe.grpo.rewards
+    return CombinedScorer(model_scorers(rewards, models, scenes=recipe.data.scenes), rewards=rewards)

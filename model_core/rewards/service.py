@@ -22,7 +22,7 @@ from model_core.documents import UserError
 from model_core.manifest import Manifest
 from model_core.recipe import Recipe, load_recipe
 from model_core.rewards.endpoints import RewardService, application
-from model_core.rewards.opening import rule_scorer
+from model_core.rewards.opening import served_scorer
 from model_core.rewards.verdict import Scorer
 from model_core.site import Site, load_site
 from model_core.storage import StorageError
@@ -32,7 +32,7 @@ DONE, CONFIGURATION, INFRASTRUCTURE, FAILED = 0, 10, 20, 30
 MakeScorer = Callable[[Recipe, Site, Mapping[str, Manifest]], Scorer]
 
 
-def main(arguments: Sequence[str] | None = None, *, make_scorer: MakeScorer = rule_scorer) -> int:
+def main(arguments: Sequence[str] | None = None, *, make_scorer: MakeScorer = served_scorer) -> int:
     """Serves what `make_scorer` makes until SIGTERM; returns the exit code. It listens at once, and is ready when that is made."""
     parser = argparse.ArgumentParser(prog="python -m model_core.rewards.service", description="Serves rewards over HTTP.")
     parser.add_argument("--recipe", type=Path, required=True, help="recipe YAML: what is trained")

@@ -188,7 +188,7 @@ class _Alignment:
         return open_scorer(
             self.context.site,
             names,
-            local=lambda: model_scorers(names, inputs, scenes=recipe.data.scenes, device=self.vae.latent_mean.device),
+            local=lambda: model_scorers(names, inputs, scenes=recipe.data.scenes),
             say=self.context.say,
         )
 

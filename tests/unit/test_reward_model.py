@@ -107,8 +107,8 @@ def test_values_are_calibrated_and_carry_an_uncertainty() -> None:
     said = made([made.chat(PROMPTS[0], num_sources=0)], square_tensor(square(100), 32)[None])
     shares = said.logits[0].softmax(0).numpy()
     assert isinstance(score, Value)
-    assert score.value == pytest.approx(1.5 * float((shares * np.arange(1, 6)).sum()) - 0.5, abs=1e-5)
-    assert score.uncertainty == pytest.approx(0.4 * math.exp(said.log_deviation.item()), rel=1e-5)
+    assert score.value == pytest.approx((1.5 * float((shares * np.arange(1, 6)).sum()) - 0.5 - 1) / 4, abs=1e-5)
+    assert score.uncertainty == pytest.approx(0.4 * math.exp(said.log_deviation.item()) / 4, rel=1e-5)
     by_mean = calibrated(said, replace(made.calibration, reads="preference"))[0]
     assert by_mean.item() == pytest.approx(1.5 * said.mean.item() - 0.5, rel=1e-5)
 

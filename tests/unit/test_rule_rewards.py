@@ -339,16 +339,16 @@ def test_the_outside_of_an_edit_is_where_source_and_target_are_equal(operation: 
 
 def test_doing_nothing_does_not_win_an_edit() -> None:
     asked, target = edit_request("attribute")
-    followed, ignored = EditConsistency(Fixed(**{INSTRUCTION: Value(5.0)}), scale=(1, 5)), Fixed(**{INSTRUCTION: Value(1.0)})
+    followed, ignored = EditConsistency(Fixed(**{INSTRUCTION: Value(1.0)})), Fixed(**{INSTRUCTION: Value(0.0)})
     done = followed.score([replace(asked, image=target)])[0][CONSISTENCY]
-    nothing = EditConsistency(ignored, scale=(1, 5)).score([asked])[0][CONSISTENCY]
+    nothing = EditConsistency(ignored).score([asked])[0][CONSISTENCY]
     assert done == Value(1.0)
     assert nothing == Value(0.0)
 
 
 def test_damage_outside_the_edited_region_lowers_consistency_and_damage_inside_does_not() -> None:
     asked, target = edit_request("text")
-    scorer = EditConsistency(Fixed(**{INSTRUCTION: Value(3.0)}), scale=(1, 5))
+    scorer = EditConsistency(Fixed(**{INSTRUCTION: Value(0.5)}))
 
     def consistency(pixels: np.ndarray) -> float:
         return value(scorer.score([replace(asked, image=Image.fromarray(pixels))])[0][CONSISTENCY])
@@ -369,12 +369,12 @@ def test_similarity_falls_by_e_at_sixteen_levels() -> None:
 
 @pytest.mark.parametrize("notes", [{}, {"change": {"attribute": "style", "to": "sepia", "region": "all"}, "source": None, "target": None}])
 def test_consistency_is_invalid_where_the_region_is_unknown(notes: dict[str, Any]) -> None:
-    scorer = EditConsistency(Fixed(**{INSTRUCTION: Value(5.0)}), scale=(1, 5))
+    scorer = EditConsistency(Fixed(**{INSTRUCTION: Value(1.0)}))
     assert scorer.score([request(sources=[BLANK], notes=notes)])[0][CONSISTENCY] == NO_REGION
 
 
 def test_consistency_is_invalid_where_the_instructions_score_is() -> None:
-    scorer = EditConsistency(Fixed(**{INSTRUCTION: Invalid("torn")}), scale=(1, 5))
+    scorer = EditConsistency(Fixed(**{INSTRUCTION: Invalid("torn")}))
     assert scorer.score([edit_request("text")[0]])[0][CONSISTENCY] == Invalid("instruction_following: torn")
 
 

@@ -72,7 +72,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_learns_which_squares_are_better_and_reports_it(context_of: Callable[..., StepContext]) -> None:
-    context = context_of("run", preferences(64), steps=40, batch_size=8, checkpoint_every_steps=100)
+    context = context_of("run", preferences(64), steps=25, batch_size=8, checkpoint_every_steps=100)
     stats = run(context)
     assert stats["accuracy"] >= 0.9
     assert stats["swap_consistency"] == 1.0
