@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_core.rewards.reward_scorer import RewardScorer
+from model_core.models.reward_scorer import RewardScorer
 from PIL import Image
 
 from model_core.documents import UserError

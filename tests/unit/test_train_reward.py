@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_core.rewards.reward_scorer import RewardScorer
+from model_core.models.reward_scorer import RewardScorer
 
 from model_core.context import StepContext
 from model_core.data.folders import LocalFolder
