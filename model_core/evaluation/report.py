@@ -20,6 +20,7 @@ from model_core.run_record import RunRecord, StepRecord, read_run, read_steps
 from model_core.workspace import Workspace
 
 BODY, PAGE = "body.json", "report.html"
+ALIGNMENT = "alignment.json"  # of an aligned model: every update, and what was compared before and after
 GOALS = {"judge/mean": 0.80, "edit/success": 0.60, "vae/psnr": 26.0}  # what the demo is to reach
 MAX_INLINE_BYTES = 60_000  # larger pictures go into the page as JPEG
 JPEG_QUALITY = 88

@@ -25,6 +25,7 @@ from model_core.documents import UserError
 from model_core.evaluation.before_after import Drawn, FixedPrompt, compare, draw_fixed, fixed_prompts
 from model_core.evaluation.drawing import Painter
 from model_core.evaluation.judge import Judge
+from model_core.evaluation.report import ALIGNMENT
 from model_core.evaluation.reward_card import FILE_NAME as REPORT_CARD
 from model_core.models.condition import load_encoder
 from model_core.models.mmdit import MMDiT, load_mmdit, save_mmdit
@@ -45,7 +46,6 @@ from model_core.training.policy_update import PolicyUpdate, UpdateRecord
 from model_core.training.rollouts import Artist
 from model_core.training.stopping import Stopped, noting_sigterm
 
-ALIGNMENT = "alignment.json"
 ONE, MERGED = "policy", "merged"
 KINDS = ("image", "edit")
 NUM_SHOWN = 12  # pairs in the picture of before and after
@@ -211,7 +211,7 @@ class _Alignment:
         result = step.take(
             prompts, update=update, weights=phase.weights, optimizer=self.state.optimizer, key=f"{self.context.key}/{policy}"
         )
-        self.record.add(policy, update, prompts, result)
+        self.record.add(policy, update, prompts, result, phase.weights)
         alarms = self.bell.hear(result.measured)
         if alarms:
             raise TrainingDiverged(f"alarm at update {update} of {policy}: {'; '.join(alarms)}")

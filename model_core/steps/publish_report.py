@@ -12,8 +12,7 @@ import shutil
 from typing import Any
 
 from model_core.context import StepContext
-from model_core.evaluation.report import BODY, PAGE, pictures_of, render_page
-from model_core.steps.align_grpo import ALIGNMENT
+from model_core.evaluation.report import ALIGNMENT, BODY, PAGE, pictures_of, render_page
 
 KEPT_PARTS = ("content_digest", "key", "stage", "step")  # of each part of the registered model
 

@@ -137,9 +137,9 @@ class UpdateRecord:
         """Notes what is rewarded from an update on."""
         self.changes.append({"policy": policy, "update": update, **phase.model_dump(mode="json")})
 
-    def add(self, policy: str, update: int, prompts: Sequence[PolicyPrompt], result: UpdateResult) -> None:
+    def add(self, policy: str, update: int, prompts: Sequence[PolicyPrompt], result: UpdateResult, weights: Weights) -> None:
         """Notes the groups of an update: what was kept, what dropped and why."""
-        self.reasons.update(result.tally.reasons)
+        self.reasons.update(result.tally.reasons(weights))
         self.num_samples += result.totals.numel()
         for place, prompt in enumerate(prompts):
             total = result.totals[place][result.counted[place]]

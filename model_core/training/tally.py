@@ -18,11 +18,11 @@ Weights = Mapping[str, Mapping[str, float]]  # by prompt category, then reward
 
 @dataclass(frozen=True)
 class Tally:
-    """Rewards of P groups of G pictures: `values` and `valid` (P, G) by reward; `reasons` count why scores are invalid."""
+    """Rewards of P groups of G pictures: `values` and `valid` (P, G) by reward; `invalid` counts (reward, category, reason)."""
 
     values: dict[str, Tensor]
     valid: dict[str, Tensor]
-    reasons: Counter[str]
+    invalid: Counter[tuple[str, str, str]]
     categories: tuple[str, ...]
 
     def weights(self, weights: Weights) -> Tensor:
@@ -47,6 +47,14 @@ class Tally:
             named = dict(zip(self.values, row, strict=True))
             rows.append(combine_advantages({name: value[group] for name, value in normalised.items()}, named))
         return torch.stack(rows)
+
+    def reasons(self, weights: Weights) -> Counter[str]:
+        """Why scores of rewards that are weighed are invalid; what a category is not rewarded for is no loss."""
+        found: Counter[str] = Counter()
+        for (name, category, reason), count in self.invalid.items():
+            if weights.get(category, weights[DEFAULT]).get(name):
+                found[f"{name}: {reason}"] += count
+        return found
 
     def means(self) -> dict[str, float]:
         """Mean of each reward's valid values; a reward without any is left out."""
@@ -73,14 +81,15 @@ class Tally:
 def make_tally(scores: Sequence[Sequence[Mapping[str, Score]]], *, names: Sequence[str], categories: Sequence[str]) -> Tally:
     """The tally of P groups' scores, G each."""
     values, valid = {}, {}
-    reasons: Counter[str] = Counter()
+    invalid: Counter[tuple[str, str, str]] = Counter()
     for name in names:
         found = [[scored[name] for scored in group] for group in scores]
         valid[name] = torch.tensor([[not isinstance(score, Invalid) for score in group] for group in found])
         numbers = [[float("nan") if isinstance(score, Invalid) else score.value for score in group] for group in found]
         values[name] = torch.tensor(numbers, dtype=torch.float64)
-        reasons.update(f"{name}: {score.reason}" for group in found for score in group if isinstance(score, Invalid))
-    return Tally(values, valid, reasons, tuple(categories))
+        for category, group in zip(categories, found, strict=True):
+            invalid.update((name, category, score.reason) for score in group if isinstance(score, Invalid))
+    return Tally(values, valid, invalid, tuple(categories))
 
 
 def agreement(proxy: Tensor, gold: Tensor, valid: Tensor) -> float:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_core.models.reward_scorer import RewardScorer
 from PIL import Image
 
 from model_core.documents import UserError
 from model_core.models.reward import Calibration, RewardModel, calibrated, load_reward, open_reward_trunk, save_reward, square_tensor
+from model_core.models.reward_scorer import RewardScorer
 from model_core.models.vlm_input import vision_patches
 from model_core.recipe import Dimension
 from model_core.rewards.verdict import Invalid, ScoreRequest, Value

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_core.models.reward_scorer import RewardScorer
 
 from model_core.context import StepContext
 from model_core.data.folders import LocalFolder
@@ -26,6 +25,7 @@ from model_core.evaluation.pair_judgements import PairJudgements, fit_calibratio
 from model_core.evaluation.perturbations import PERTURBATIONS, perturbed
 from model_core.evaluation.reward_card import fit_tie_margin, is_right, share_with_interval, three_way, warnings_of
 from model_core.models.reward import load_reward
+from model_core.models.reward_scorer import RewardScorer
 from model_core.objectives.preference import TIE, A, B
 from model_core.progress import Progress
 from model_core.recipe import Dimension, Preferences, Reward, Scenes, parse_recipe
