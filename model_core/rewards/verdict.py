@@ -74,11 +74,12 @@ def settled(answers: Sequence[Mapping[str, Score]], names: Sequence[str], num: i
     for answer in answers:
         if set(answer) != set(names):
             raise RewardUnavailable(f"{who}: found the rewards {', '.join(answer) or 'none'}; allowed are {', '.join(names)}")
-        result.append({name: _finite(answer[name]) for name in names})
+        result.append({name: finite(answer[name]) for name in names})
     return result
 
 
-def _finite(score: Score) -> Score:
+def finite(score: Score) -> Score:
+    """The score, or Invalid for a value that is not finite."""
     if isinstance(score, Value) and not (math.isfinite(score.value) and math.isfinite(score.uncertainty)):
         return Invalid("not finite")
     return score

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model_core.objectives.advantage import combine_advantages, group_advantages
-from model_core.rewards.verdict import Invalid, Score
+from model_core.rewards.verdict import Invalid, Score, finite
 
 DEFAULT = "default"
 Weights = Mapping[str, Mapping[str, float]]  # by prompt category, then reward
@@ -83,7 +83,7 @@ def make_tally(scores: Sequence[Sequence[Mapping[str, Score]]], *, names: Sequen
     values, valid = {}, {}
     invalid: Counter[tuple[str, str, str]] = Counter()
     for name in names:
-        found = [[scored[name] for scored in group] for group in scores]
+        found = [[finite(scored[name]) for scored in group] for group in scores]
         valid[name] = torch.tensor([[not isinstance(score, Invalid) for score in group] for group in found])
         numbers = [[float("nan") if isinstance(score, Invalid) else score.value for score in group] for group in found]
         values[name] = torch.tensor(numbers, dtype=torch.float64)
