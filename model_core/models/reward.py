@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
 from model_core.data.pixels import image_tensor, on_white
 from model_core.documents import UserError
@@ -28,6 +29,8 @@ from model_core.models.tiny_vlm import TinyVision, relate_signs, tiny_qwen3_vl, 
 from model_core.models.vlm_input import rope_positions, user_turn, vision_patches, widen_slots
 from model_core.objectives.preference import SCORES, expected_score
 from model_core.recipe import Dimension, RewardTrunk
+
+transformers_logging.disable_progress_bar()  # its bars would break a step's lines
 
 HEADS, SETTINGS = "heads.safetensors", "reward.json"
 PADDING = (128, 128, 128)  # beside a picture that is not square

@@ -87,7 +87,7 @@ def tiny_qwen3_vl(
         "num_position_embeddings": 16,
     }
     if vision is not None:
-        text_config |= {"initializer_range": config.hidden_size**-0.5, "intermediate_size": 2 * config.hidden_size}
+        text_config["initializer_range"] = config.hidden_size**-0.5
         vision_config |= {
             "depth": vision.num_layers,
             "hidden_size": vision.hidden_size,
