@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from model_core.recipe import DIMENSIONS
 from tests.integration.conftest import Darkroom
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ METRICS = {
     "edit/success",
     "edit/consistency",
 }
-NUM_STEPS = 15
+NUM_STEPS = 22
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,14 @@ def test_second_run_has_the_same_keys_and_a_report_of_its_own(
 def test_another_learning_rate_of_the_last_stage_touches_only_what_depends_on_it(darkroom: Darkroom, first: dict[str, Any]) -> None:
     plan = json.loads(darkroom("run", "smoke", "--set", "mmdit.stages.S6.lr=3e-5", "--dry-run", "--json"))
     to_do = {(step["step"], step["stage"]) for step in plan if step["status"] != "reuse"}
-    assert to_do == {("train_mmdit", "S6"), ("evaluate_model", None), ("register_model", None), ("publish_report", None)}
+    after = ("build_preferences", "align_grpo", "evaluate_model", "register_model", "publish_report")
+    assert to_do == {("train_mmdit", "S6"), *((step, None) for step in after), *(("train_reward", name) for name in DIMENSIONS)}
+
+
+def test_another_learning_rate_of_grpo_keeps_the_rewards(darkroom: Darkroom, first: dict[str, Any]) -> None:
+    plan = json.loads(darkroom("run", "smoke", "--set", "grpo.lr=3e-5", "--dry-run", "--json"))
+    to_do = {step["step"] for step in plan if step["status"] != "reuse"}
+    assert to_do == {"align_grpo", "evaluate_model", "register_model", "publish_report"}
 
 
 def test_all_results_are_what_their_manifests_promise(darkroom: Darkroom, first: dict[str, Any]) -> None:
@@ -100,7 +108,7 @@ def test_commands_of_the_readme_run(darkroom: Darkroom, first: dict[str, Any], t
     commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("darkroom ")]
     assert len(commands) >= 8
     for words in commands:
-        if words[0] == "ui":
+        if words[0] in ("label", "ui"):
             continue
         if words[:2] == ["run", "demo"]:
             words = [word for word in words if "file:///my/photos" not in word and word != "--set"]
