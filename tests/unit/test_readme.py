@@ -17,16 +17,18 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
 
 
-def commands(document: str, program: str) -> list[list[str]]:
+def commands(document: str, program: str, *, spans: bool = True) -> list[list[str]]:
     text = (ROOT / document).read_text()
     blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    spans = re.findall(r"`([^`\n]+)`", text)
-    lines = [*blocks.splitlines(), *spans]
+    lines = [*blocks.splitlines(), *(re.findall(r"`([^`\n]+)`", text) if spans else [])]
     return [shlex.split(line, comments=True) for line in lines if line.startswith(f"{program} ")]
 
 
-@pytest.mark.parametrize("words", commands("README.md", "darkroom"), ids=" ".join)
-def test_darkroom_commands_of_the_readme_parse(words: list[str]) -> None:
+SHOWN = [*commands("README.md", "darkroom"), *(words for name in DOCUMENTS[1:] for words in commands(name, "darkroom", spans=False))]
+
+
+@pytest.mark.parametrize("words", SHOWN, ids=" ".join)
+def test_darkroom_commands_of_the_documents_parse(words: list[str]) -> None:
     context = typer.Context(get_command(app))
     command = get_command(app).get_command(context, words[1])  # type: ignore[attr-defined]
     assert command is not None
