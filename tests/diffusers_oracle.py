@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model_core.evaluation.drawing import Painter
 from model_core.models.segments import Segment, interleave, num_tokens, text_runs
+from model_core.models.tiling import encode_pictures
 from model_core.sampling import pipeline
 
 SEEDS = [3, 4]
@@ -45,7 +46,7 @@ def public_latents(
     """Euler steps of diffusers' transformer and scheduler with guidance, on one sample at a time."""
     transformer = QwenImage21Transformer2DModel.from_pretrained(folder / "transformer", local_files_only=True).eval()
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    conditions = [model.vae.standardise(pipeline.encode_pictures(model.vae, images)) for images in references]
+    conditions = [model.vae.standardise(encode_pictures(model.vae, images)) for images in references]
     config, count = scheduler.config, noise.shape[1]
     sides = (size_px[0] // 16, size_px[1] // 16)
     mu = calculate_shift(count, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)

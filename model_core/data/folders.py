@@ -15,6 +15,8 @@ class Folder(Protocol):
 
     def read_json(self, name: str) -> Any: ...
 
+    def names(self, prefix: str = "") -> list[str]: ...
+
 
 class Shards(Protocol):
     """Files that are read by ranges of bytes, unchecked: on this machine's disk, or in a store."""
@@ -47,3 +49,8 @@ class LocalFolder:
     def read_json(self, name: str) -> Any:
         """The content of a JSON file."""
         return json.loads(self.path(name).read_bytes())
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Paths of the files below `prefix`, in order."""
+        paths = (path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file())
+        return sorted(path for path in paths if path.startswith(prefix))

@@ -12,7 +12,7 @@ from model_core.models.mmdit import MMDiT
 from model_core.models.stream import Stream
 from model_core.models.vae import ResidualVAE
 from model_core.recipe import MMDiTModel, Sampling, VAEModel
-from model_core.sampling import pipeline
+from model_core.sampling import conditions
 from model_core.sampling.pipeline import sample
 from tests.tiny_encoders import encoder, picture
 
@@ -126,7 +126,7 @@ def test_a_prefix_that_is_read_once_draws_the_same_pictures(vae, monkeypatch):
     pictures()
     assert all(len(text) == 0 for _, text, *_ in passes)
     # Conditions modulated at the sampled time differ, so the whole pass is asked with the prefix's shortcut taken away.
-    monkeypatch.setattr("model_core.sampling.pipeline.reads_prefix_once", lambda config: False)
+    monkeypatch.setattr("model_core.sampling.conditions.reads_prefix_once", lambda config: False)
     assert torch.allclose(pictures(), once, atol=1e-4)
 
 
@@ -158,8 +158,8 @@ def test_an_encoder_that_sees_images_is_shown_them_in_both_branches_and_they_lie
     references = [torch.stack([picture(number, 32, 64), picture(9 - number, 32, 64)]) for number in (1, 2)]
     packed = []
     for name in ("pack", "pack_prefix", "pack_targets"):
-        plain = getattr(pipeline, name)
-        monkeypatch.setattr(pipeline, name, lambda samples, config, plain=plain: [packed.append(samples), plain(samples, config)][1])
+        plain = getattr(conditions, name)
+        monkeypatch.setattr(conditions, name, lambda samples, config, plain=plain: [packed.append(samples), plain(samples, config)][1])
 
     def drawn(encoder: Shown) -> Tensor:
         known: dict[str, Any] = {"size_px": (32, 64), "seeds": [0, 1], "sampling": SAMPLING, "references": references}
