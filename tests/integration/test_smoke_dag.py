@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from components.launch import run_step
+from model_core.manifest import parse_manifest
 from model_core.recipe import DIMENSIONS
 from tests.integration.conftest import Darkroom
 
@@ -81,6 +83,26 @@ def test_another_learning_rate_of_grpo_keeps_the_rewards(darkroom: Darkroom, fir
     plan = json.loads(darkroom("run", "smoke", "--set", "grpo.lr=3e-5", "--dry-run", "--json"))
     to_do = {step["step"] for step in plan if step["status"] != "reuse"}
     assert to_do == {"align_grpo", "evaluate_model", "register_model", "publish_report"}
+
+
+def test_rewards_served_beside_the_step_train_the_very_same_model(first: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
+    steps = by_label(first)
+    manifests = {label: workspace / step["step"] / step["key"] / "manifest.json" for label, step in steps.items()}
+    names = {
+        "vae": "train_vae",
+        "encoder": "prepare_encoder",
+        "captions": "caption_images",
+        "images": "ingest_images",
+        "edits": "build_edits",
+    }
+    inputs = {name: str(manifests[label]) for name, label in names.items()} | {"model": str(manifests["train_mmdit-S6"])}
+    inputs |= {name: str(manifests[f"train_reward-{name}"]) for name in DIMENSIONS}
+    site = {"workspace": str(tmp_path / "elsewhere"), "launch": {"steps": {"align_grpo": {"reward_service": True}}}}
+    recipe = json.loads((workspace / "runs/first/run.json").read_text())["recipe"]
+    output = tmp_path / "manifest.json"
+    run_step("align_grpo", recipe=json.dumps(recipe), site=json.dumps(site), run="served", inputs=inputs, output=str(output))
+    served, own = (parse_manifest(path.read_bytes(), str(path)) for path in (output, manifests["align_grpo"]))
+    assert served.content_digest == own.content_digest
 
 
 def test_all_results_are_what_their_manifests_promise(darkroom: Darkroom, first: dict[str, Any]) -> None:
