@@ -139,7 +139,7 @@ def render_page(
         groups=GROUPS,
         picture=lambda name: _inline(read(name)),
         charts=_charts(body["curves"]) if body else [],
-        reward_charts=reward_charts(body["alignment"]["points"]) if body and "alignment" in body else [],
+        reward_charts=reward_charts(body["alignment"]["points"], gold=body["alignment"]["gold"]) if body and "alignment" in body else [],
         longest=max([step.seconds for step in run.steps if not step.reused], default=0.0) if run else 0.0,
     )
 
@@ -170,16 +170,16 @@ def _charts(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return charts
 
 
-def reward_charts(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def reward_charts(points: list[dict[str, Any]], *, gold: str | None) -> list[dict[str, Any]]:
     """Title, SVG and last value of each reward's mean by update: the total, the gold one, then each by itself."""
-    names = sorted({name for point in points for name in point if name.startswith("reward/")})
-    titles = {"reward": "training reward", "gold": "gold reward, never trained on"} | {name: name.removeprefix("reward/") for name in names}
+    names = sorted({name for point in points for name in point if name.startswith("reward/") and name != f"reward/{gold}"})
+    titles = {"reward": "training reward", "gold": f"{gold}, never trained on"} | {name: name.removeprefix("reward/") for name in names}
     charts = []
     for name, title in titles.items():
         known = [(float(point["update"] + 1), float(point[name])) for point in points if name in point]
         if known:
             svg = Markup(line_chart(known, label=f"{title} by update"))
-            charts.append({"title": title, "svg": svg, "last": known[-1][1], "steps": int(known[-1][0])})
+            charts.append({"title": title.replace("_", " "), "svg": svg, "last": known[-1][1], "steps": int(known[-1][0])})
     return charts
 
 

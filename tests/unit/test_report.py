@@ -70,9 +70,33 @@ def workspace(tmp_path: Path) -> Workspace:
     return Workspace(parse_site({"workspace": str(tmp_path / "workspace")}, "site"))
 
 
-def publish(tmp_path: Path, output: Path) -> None:
+def alignment() -> dict[str, Any]:
+    """What an aligned model tells of itself."""
+    pair, accuracy = {"before": 0.5, "after": 0.625}, {"value": 0.9712, "low": 0.94, "high": 0.99, "num": 200}
+    comparison = {"reward": pair, "gain_in_spreads": 0.71, "p": 0.0001, "rewards": {HOSTILE: pair}, "judge": {"judge/text": pair}}
+    shown = {"prompt": HOSTILE, "kind": "edit", "seed": 3, "reward": {"before": 0.5, "after": None}}
+    shown |= {"pictures": {"before": "pictures/0-before.png", "after": "pictures/0-after.png", "source0": "pictures/0-source0.png"}}
+    return {
+        "points": [{"update": 0, "reward": 0.5, "gold": 0.4, "reward/a": 0.5}, {"update": 1, "reward": 0.625, "reward/a": 0.6}],
+        "changes": [],
+        "comparison": comparison,
+        "guidance_mode": "conditional",
+        "gold": "check_mean",
+        "report_cards": {"alignment": {"accuracy": accuracy, "accuracy_3way": accuracy, "pairs": 222}},
+        "shown": [shown],
+    }
+
+
+def publish(tmp_path: Path, output: Path, *, aligned: bool = False) -> None:
     inputs = {}
-    for name, files in documents().items():
+    given = documents()
+    if aligned:
+        given["model"]["alignment.json"] = alignment()
+        for place in alignment()["shown"][0]["pictures"].values():
+            path = tmp_path / "inputs/model" / place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(77))
+    for name, files in given.items():
         folder = tmp_path / "inputs" / name
         for place in ("samples/a.png", "edits/s.png", "edits/r.png", "edits/t.png", "rec/o.png", "rec/d.png"):
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
@@ -124,6 +148,25 @@ def test_a_finished_run_has_its_scores_pictures_and_steps(workspace, tmp_path):
     assert page.count("data:image/png;base64,") == 6
     for word in ("91 %", "27.3 dB", "finished", "1 min 01 s", "reused", "120 → 100", "<svg", "S1"):
         assert word in page, word
+
+
+def test_an_aligned_model_shows_what_alignment_changed(workspace, tmp_path):
+    run_of(workspace, [("publish_report", None, "done")])
+    publish(tmp_path, workspace.storage.local_path(f"publish_report/{KEY}"), aligned=True)
+    write_report("r", workspace)
+    page, report = read(workspace)
+    assert report["images"][-3:] == [f"publish_report/{KEY}/pictures/0-{name}.png" for name in ("before", "after", "source0")]
+    for words in (
+        "from 0.5000 to 0.6250",
+        "+0.71 of its deviation",
+        "p = 0.0001",
+        "97 %",
+        "94 % to 99 %",
+        "check mean, never trained on",
+        "judge/text",
+    ):
+        assert words in page, words
+    assert HOSTILE not in page
 
 
 def test_a_failed_run_says_what_failed_and_why(workspace):
