@@ -82,12 +82,14 @@ def check_inputs(recipe: Recipe, site: Site) -> None:
     from model_core.data.typefaces import check_typefaces
     from model_core.data.votes import load_votes
     from model_core.models.earlier_mmdit import check_earlier
+    from model_core.rewards.opening import check_rewards
 
     folders = {
         "encoder.path": recipe.encoder.path,
         "vae.path": recipe.vae.path,
         "vae.teacher_path": recipe.vae.teacher_path,
         "mmdit.path": recipe.mmdit.path,
+        "reward.trunk.path": recipe.reward.trunk.path,
     }
     for field, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
@@ -102,6 +104,7 @@ def check_inputs(recipe: Recipe, site: Site) -> None:
     check_filters(recipe)
     check_typefaces(recipe.text_images)
     load_votes(recipe, site)
+    check_rewards(recipe, site)
 
 
 def check_workspace(site: Site) -> None:

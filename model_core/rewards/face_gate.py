@@ -49,13 +49,18 @@ class FaceGated:
         return face_gate(score, has_face=self._has_face(request.image))
 
 
-def open_face_finder() -> FaceFinder:
-    """Whether nudenet's detector finds a face. Raises UserError when it is not installed."""
+def check_face_finder() -> None:
+    """Raises UserError when nudenet, of the extra `caption`, is not installed."""
     if find_spec("nudenet") is None:
         raise UserError(
             f"rewards: found {PORTRAIT}, but the face detector nudenet is not installed; "
             "install it with `uv pip install nudenet`, or leave the reward out"
         )
+
+
+def open_face_finder() -> FaceFinder:
+    """Whether nudenet's detector finds a face. Raises UserError when it is not installed."""
+    check_face_finder()
     from nudenet import NudeDetector
 
     detector = NudeDetector()

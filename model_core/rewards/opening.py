@@ -13,9 +13,9 @@ from model_core.rewards.client import HTTPScorer
 from model_core.rewards.combined import CombinedScorer
 from model_core.rewards.edit_consistency import INSTRUCTION, EditConsistency
 from model_core.rewards.edit_consistency import NAME as CONSISTENCY
-from model_core.rewards.face_gate import PORTRAIT, FaceGated, open_face_finder
+from model_core.rewards.face_gate import PORTRAIT, FaceGated, check_face_finder, open_face_finder
 from model_core.rewards.text_accuracy import NAME as TEXT_ACCURACY
-from model_core.rewards.text_accuracy import TextAccuracy, open_reader, reader_is_installed
+from model_core.rewards.text_accuracy import TextAccuracy, check_reader, open_reader, reader_is_installed
 from model_core.rewards.verdict import Scorer
 from model_core.site import Site
 from model_core.workspace import InputFolder
@@ -33,6 +33,23 @@ def open_scorer(site: Site, rewards: Sequence[str], *, local: Callable[[], Seque
         return CombinedScorer(local(), rewards=rewards)
     settings = site.rewards
     return HTTPScorer(uri, rewards, timeout_seconds=settings.timeout_seconds, patience_seconds=settings.patience_seconds, say=say)
+
+
+def check_rewards(recipe: Recipe, site: Site) -> None:
+    """Raises UserError for a reward of grpo that nothing gives, or whose package is not installed.
+
+    A service at the site's rewards.uri knows its own.
+    """
+    if recipe.grpo is None or site.rewards.uri is not None:
+        return
+    known = (*DIMENSIONS, CONSISTENCY, TEXT_ACCURACY, *AttributeCheck.names)
+    unknown = [name for name in recipe.grpo.rewards if name not in known]
+    if unknown:
+        raise UserError(f"recipe {recipe.name}: grpo: found the rewards {', '.join(unknown)}; allowed are {', '.join(known)}")
+    if PORTRAIT in recipe.grpo.rewards:
+        check_face_finder()
+    if TEXT_ACCURACY in recipe.grpo.rewards:
+        check_reader()
 
 
 def model_scorers(rewards: Sequence[str], inputs: Mapping[str, InputFolder], *, scenes: Scenes) -> list[Scorer]:

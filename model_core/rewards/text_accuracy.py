@@ -70,13 +70,18 @@ def reader_is_installed() -> bool:
     return find_spec("rapidocr_onnxruntime") is not None
 
 
-def open_reader() -> Reader:
-    """The text that rapidocr reads, line by line from the top. Raises UserError when it is not installed."""
+def check_reader() -> None:
+    """Raises UserError when rapidocr-onnxruntime is not installed."""
     if not reader_is_installed():
         raise UserError(
             f"rewards: found {NAME}, but the text reader rapidocr-onnxruntime is not installed; "
             "install it with `uv pip install rapidocr-onnxruntime`, or leave the reward out"
         )
+
+
+def open_reader() -> Reader:
+    """The text that rapidocr reads, line by line from the top. Raises UserError when it is not installed."""
+    check_reader()
     from rapidocr_onnxruntime import RapidOCR
 
     engine = RapidOCR()
