@@ -16,12 +16,14 @@ from model_core.data.shards import RawRow, decode_image, draw_rows, read_rows
 from model_core.documents import UserError
 from model_core.recipe import CaptionType
 
-MAX_PROMPTS = 4096  # of a kind that are held in memory, with the pictures of edits
+COLUMNS = ("sample_id", "kind", "width", "height", "annotation", "held_out")
+EDIT_COLUMNS = (*COLUMNS, "references", "instruction")
+MAX_PROMPTS = 4096  # of a kind that are held in memory, with the sources of edits
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyPrompt:
-    """What to draw: `size_px` is (height, width), `sources` an edit's condition images of that size; `notes` are the row's annotation.
+    """What to draw: `size_px` is (height, width), `encoded` are an edit's condition images as files; `notes` are the row's annotation.
 
     `category` chooses the weights of rewards: edit, portrait, text, scene or image.
     """
@@ -30,14 +32,18 @@ class PolicyPrompt:
     prompt: str
     category: str
     size_px: tuple[int, int]
-    sources: Sequence[Image.Image] = ()
-    target: Image.Image | None = None
+    encoded: Sequence[bytes] = field(default=(), repr=False)
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[Image.Image]:
+        """The condition images, fitted to `size_px`; decoded each time, since all prompts of a run are held in memory."""
+        return [fit(decode_image(source), self.size_px) for source in self.encoded]
 
     @property
     def shape(self) -> tuple[tuple[int, int], int]:
         """Size and number of sources: prompts of one shape go through the model together."""
-        return self.size_px, len(self.sources)
+        return self.size_px, len(self.encoded)
 
 
 def category_of(row: RawRow) -> str:
@@ -63,7 +69,8 @@ def read_prompts(
     texts = dict(zip(table["sample_id"].to_pylist(), table[caption].to_pylist(), strict=True))
     found: dict[str, list[PolicyPrompt]] = {"image": [], "edit": []}
     for kind, folder in (("image", images), ("edit", edits)):
-        rows = (row for row in read_rows(folder) if not row.held_out)
+        columns = EDIT_COLUMNS if kind == "edit" else COLUMNS
+        rows = (row for row in read_rows(folder, columns) if not row.held_out)
         for row in draw_rows(rows, MAX_PROMPTS, seed, "policy prompts"):
             text = row.instruction if kind == "edit" else texts.get(row.sample_id, "")
             if text:
@@ -92,13 +99,11 @@ def prompts_of_update(
 
 
 def _prompt(row: RawRow, text: str, size_px: tuple[int, int]) -> PolicyPrompt:
-    edit = row.kind == "edit"
     return PolicyPrompt(
         prompt_id=row.sample_id.hex(),
         prompt=text,
         category=category_of(row),
         size_px=size_px,
-        sources=[fit(decode_image(source), size_px) for source in row.references] if edit else (),
-        target=fit(decode_image(row.image), size_px) if edit else None,
+        encoded=row.references,
         notes=row.notes(),
     )

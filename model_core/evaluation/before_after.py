@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from model_core.data.buckets import fit
 from model_core.data.edits import Edit
 from model_core.data.keys import keyed_generator
 from model_core.data.prompts import PolicyPrompt, prompts_of_update
+from model_core.data.shards import encode_image
 from model_core.data.synthetic import held_out_scenes
 from model_core.evaluation.attributes import plain_prompts, shares
 from model_core.evaluation.drawing import Painter, Request, draw
@@ -62,12 +63,14 @@ def fixed_prompts(
         )
         fixed.append(FixedPrompt(asked, prompt.seed, prompt.asked))
     for index, edit in enumerate(scene_edits(num, recipe.edits.operations, scenes, seed=seed) if prompts["edit"] else []):
-        sources = [fit(image, size_px) for image in edit.references]
+        fitted = replace(edit, references=[fit(image, size_px) for image in edit.references], target=fit(edit.target, size_px))
         asked = PolicyPrompt(
-            prompt_id=f"fixed-edit-{index}", prompt=edit.instruction, category="edit", size_px=size_px, sources=sources, notes=edit.notes
-        )
-        fitted = Edit(
-            references=sources, target=fit(edit.target, size_px), instruction=edit.instruction, caption=edit.caption, notes=edit.notes
+            prompt_id=f"fixed-edit-{index}",
+            prompt=edit.instruction,
+            category="edit",
+            size_px=size_px,
+            encoded=[encode_image(image) for image in fitted.references],
+            notes=edit.notes,
         )
         fixed.append(FixedPrompt(asked, index, {}, fitted))
     return fixed
@@ -78,7 +81,7 @@ def draw_fixed(painter: Painter, fixed: Sequence[FixedPrompt], scorer: Scorer, w
     requests = [Request(each.prompt.prompt, each.seed, each.prompt.size_px, each.prompt.sources) for each in fixed]
     pictures = draw(painter, requests, on_drawn=lambda _: None)
     asked = [
-        score_request(each.prompt, picture, key=f"{key}/fixed/{index}")
+        score_request(each.prompt, picture, each.prompt.sources, key=f"{key}/fixed/{index}")
         for index, (each, picture) in enumerate(zip(fixed, pictures, strict=True))
     ]
     tally = make_tally(

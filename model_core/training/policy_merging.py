@@ -25,7 +25,7 @@ from model_core.training.rollouts import Artist, chunks_of, policy_conditions, r
 
 def kind_of(prompt: PolicyPrompt) -> str:
     """Which policy a prompt belongs to: `edit` where it has sources, else `image`."""
-    return "edit" if prompt.sources else "image"
+    return "edit" if prompt.encoded else "image"
 
 
 def merging_backward(

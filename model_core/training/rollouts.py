@@ -72,16 +72,17 @@ class Chunk:
     def requests(self, key: str, *, group_size: int) -> list[ScoreRequest]:
         """What is asked about the pictures; `key` and the place of a picture, with a digest of it, make the request's own."""
         requests = []
-        for row, picture in enumerate(self.pictures):
-            prompt, place = self.prompts[row // group_size], self.places[row // group_size]
-            digest = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
-            requests.append(score_request(prompt, picture, key=f"{key}/{place}/{row % group_size}/{digest}"))
+        for group, (prompt, place) in enumerate(zip(self.prompts, self.places, strict=True)):
+            sources = prompt.sources
+            for sample, picture in enumerate(self.pictures[group * group_size : (group + 1) * group_size]):
+                digest = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
+                requests.append(score_request(prompt, picture, sources, key=f"{key}/{place}/{sample}/{digest}"))
         return requests
 
 
-def score_request(prompt: PolicyPrompt, picture: Image.Image, *, key: str) -> ScoreRequest:
+def score_request(prompt: PolicyPrompt, picture: Image.Image, sources: Sequence[Image.Image], *, key: str) -> ScoreRequest:
     """What a scorer is asked about a picture of a prompt."""
-    return ScoreRequest(key=key, prompt=prompt.prompt, image=picture, category=prompt.category, sources=prompt.sources, notes=prompt.notes)
+    return ScoreRequest(key=key, prompt=prompt.prompt, image=picture, category=prompt.category, sources=sources, notes=prompt.notes)
 
 
 def chunks_of(prompts: Sequence[PolicyPrompt], places: Sequence[int], *, groups_a_chunk: int) -> list[list[int]]:
@@ -104,7 +105,8 @@ def policy_conditions(
     """Conditions of `repeats` samples of each prompt, and those without a prompt, for guidance. Prompts are of one shape."""
     (height, width), num_sources = prompts[0].shape
     shape = (height // CompressionRatio, width // CompressionRatio)
-    references = [torch.stack([image_tensor(prompt.sources[slot]) for prompt in prompts]) for slot in range(num_sources)]
+    sources = [[image_tensor(image) for image in prompt.sources] for prompt in prompts]
+    references = [torch.stack([images[slot] for images in sources]) for slot in range(num_sources)]
     texts = [prompt.prompt for prompt in prompts] + ([""] * len(prompts) if guided else [])
     encoded = encode_conditions(artist.vae, artist.encoder, texts, references, shape=shape)
     rows = [row for row in range(len(prompts)) for _ in range(repeats)]

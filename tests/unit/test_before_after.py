@@ -51,7 +51,7 @@ def test_scenes_are_compared_on_held_out_ones_and_their_edits() -> None:
     prompts, edits = fixed[:6], fixed[6:]
     assert [each.prompt.notes for each in prompts] == [scene.to_dict() for scene in held_out_scenes(6, RECIPE.data.scenes, seed=0)]
     assert {each.prompt.category for each in edits} == {"edit"}
-    assert all(each.edit is not None and len(each.prompt.sources) in (1, 2) for each in edits)
+    assert all(each.edit is not None and len(each.prompt.encoded) in (1, 2) for each in edits)
 
 
 def test_other_pictures_are_compared_on_the_policys_own_prompts() -> None:

@@ -219,8 +219,8 @@ def test_each_prompt_is_drawn_once_a_round_and_edits_make_their_share(inputs: di
     prompts = prompts_of(inputs)
     num = {kind: len(pool) for kind, pool in prompts.items()}
     chosen = [prompts_of_update(prompts, update, 2, edit_share=0.5, seed=0) for update in range(num["image"])]
-    assert all(sum(bool(prompt.sources) for prompt in update) == 1 for update in chosen)
-    images = [prompt.prompt_id for update in chosen for prompt in update if not prompt.sources]
+    assert all(sum(bool(prompt.encoded) for prompt in update) == 1 for update in chosen)
+    images = [prompt.prompt_id for update in chosen for prompt in update if not prompt.encoded]
     assert sorted(images) == sorted(prompt.prompt_id for prompt in prompts["image"])
 
 
@@ -235,7 +235,7 @@ def test_a_merged_student_learns_each_kind_from_its_own_teacher(inputs: dict[str
     with torch.no_grad():
         teachers["edit"].image_out.weight += 0.5
     for prompt_kind, expected in (("image", True), ("edit", False)):
-        chosen = [prompt for prompt in prompts if bool(prompt.sources) == (prompt_kind == "edit")]
+        chosen = [prompt for prompt in prompts if bool(prompt.encoded) == (prompt_kind == "edit")]
         loss = merging_backward(student, teachers, artist, chosen, range(len(chosen)), update=0, ranks=ALONE)
         assert (loss.item() == 0) == expected
 
