@@ -56,6 +56,7 @@ class Reward(Section):
 
     trunk: RewardTrunk = RewardTrunk()
     steps: Count = 400
+    dimension_steps: dict[Dimension, Count] = Field({})  # in place of `steps`, for dimensions that learn faster or slower
     batch_size: Count = 16  # pairs
     lr: PositiveFloat = 2e-3
     warmup_steps: NonNegative = 20
@@ -76,6 +77,10 @@ class Reward(Section):
         if self.pointwise_weight == self.pairwise_weight == 0:
             raise ValueError("pointwise_weight and pairwise_weight are both 0; allowed is at least one above 0")
         return self
+
+    def of(self, dimension: Dimension) -> Reward:
+        """The settings of a dimension's model: those, with its own number of steps."""
+        return self.model_copy(update={"steps": self.dimension_steps.get(dimension, self.steps)})
 
 
 SDE = Literal["flow_sde", "dance_sde", "cps"]

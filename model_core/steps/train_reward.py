@@ -39,7 +39,8 @@ FEW_RIGHT = 0.8  # accuracy below which the report warns
 
 def run(context: StepContext) -> dict[str, Any]:
     """Trains to the end; returns the report card's figures, counts and times."""
-    config, seed, dimension = context.recipe.reward, context.recipe.seed, _dimension(context)
+    seed, dimension = context.recipe.seed, _dimension(context)
+    config = context.recipe.reward.of(dimension)
     device = compute_device(context.ranks)
     keep_deterministic(device)
     began = time.monotonic()

@@ -258,3 +258,8 @@ def test_each_perturbation_changes_the_pictures_that_it_applies_to(tmp_path: Pat
     assert bool(applied["copied_source"]) == (dimension == "instruction_following")
     assert applied["duplicated_text"]
     assert all(picture.size == (64, 64) for pictures in applied.values() for picture in pictures)
+
+
+def test_a_dimension_has_its_own_number_of_steps_where_the_recipe_says_so() -> None:
+    settings = Reward(steps=5, dimension_steps={"alignment": 9})
+    assert (settings.of("alignment").steps, settings.of("portrait").steps) == (9, 5)
