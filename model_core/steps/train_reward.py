@@ -164,7 +164,7 @@ def _initial_model(config: Reward, train: Sequence[Pair], *, dimension: Dimensio
 
 def _publish(context: StepContext, model: RewardModel, pairs: LabelledPairs, curves: Curves) -> dict[str, Any]:
     """Calibrates the model, writes it with its curves and report card, and returns the card."""
-    config, validation = context.recipe.reward, pairs.by_split["validation"]
+    config, validation = context.recipe.reward.of(_dimension(context)), pairs.by_split["validation"]
     # Scores serve where they were trained on; people who only compare give none.
     scored = config.pointwise_weight > 0 and any(score == score for pair in pairs.by_split["train"] for score in pair.scores)
     judged = judge_pairs(model, validation)
