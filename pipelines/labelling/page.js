@@ -219,7 +219,9 @@ function pressed(event) {
   }
   if (event.shiftKey && event.key.startsWith("Arrow")) {
     const [x, y] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
-    sides.left.querySelector(".well").scrollBy(STEP_PX * x, STEP_PX * y);
+    const well = sides.left.querySelector(".well");
+    well.scrollBy(STEP_PX * x, STEP_PX * y);
+    follow(well); // at once: an event of the other picture, still where it was, would pull this one back
     event.preventDefault();
     return;
   }
