@@ -192,9 +192,9 @@ class GRPO(Section):
 
     @property
     def rewards(self) -> tuple[str, ...]:
-        """Every reward that is weighted at some time, and the gold one."""
+        """Every reward that is weighted at some time, and the gold one, by name: sums do not depend on how a recipe is written."""
         trained = [name for phase in self.schedule for weights in phase.weights.values() for name, weight in weights.items() if weight]
-        return tuple(dict.fromkeys([*trained, *([self.gold] if self.gold else [])]))
+        return tuple(sorted({*trained, *([self.gold] if self.gold else [])}))
 
     def phase(self, update: int) -> RewardPhase:
         """What is rewarded in an update."""

@@ -176,7 +176,7 @@ class _Alignment:
             "report_cards": _report_cards(self.context),
             "shown": shown,
         }
-        (output / ALIGNMENT).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        (output / ALIGNMENT).write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
         lines = [json.dumps(line, sort_keys=True, allow_nan=False) for line in self.record.ledger]
         (output / "prompts.jsonl").write_text("".join(line + "\n" for line in lines))
         history = self.context.inputs["model"].path("history.json").read_bytes()
