@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from model_core.recipe import DIMENSIONS
 from tests.integration.conftest import Darkroom
 
 DEADLINE_SECONDS = 300
@@ -27,8 +28,9 @@ def contents(workspace: Path) -> dict[str, list[Any]]:
 
 
 def trainings(workspace: Path) -> dict[str, dict[str, Any]]:
-    """The statistics of every training step's result."""
-    manifests = [json.loads(path.read_bytes()) for path in sorted(workspace.glob("train_*/*/manifest.json"))]
+    """The statistics of the results of train_vae and train_mmdit."""
+    paths = [path for step in ("train_vae", "train_mmdit") for path in sorted(workspace.glob(f"{step}/*/manifest.json"))]
+    manifests = [json.loads(path.read_bytes()) for path in paths]
     return {f"{manifest['step']}-{manifest['stage']}": manifest["stats"] for manifest in manifests}
 
 
@@ -67,7 +69,8 @@ def test_a_run_killed_in_both_trainings_resumes_to_bitwise_the_same_results(
     disturbed, undisturbed = contents(copy_without_training.workspace), contents(darkroom.workspace)
     for name in disturbed:
         assert disturbed[name] == undisturbed[name], name
-    assert len([name for name in disturbed if name.startswith(("train_", "register_model"))]) == 4
+    trained = [name for name in disturbed if name.startswith(("train_", "align_grpo", "register_model"))]
+    assert len(trained) == 3 + len(DIMENSIONS) + 2
 
 
 @pytest.mark.lab
@@ -103,5 +106,7 @@ def test_what_several_processes_cannot_do_is_refused_in_one_sentence(first: dict
         [*command, "--run", "r", "--output", "m.json"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 10, done.stderr
-    assert "launch profile of ingest_images: found 2 processes; allowed is 1, only train_vae, train_mmdit take more" in done.stderr
+    assert (
+        "launch profile of ingest_images: found 2 processes; allowed is 1, only train_vae, train_mmdit, align_grpo take more" in done.stderr
+    )
     assert "Traceback" not in done.stderr
