@@ -9,26 +9,21 @@ import argparse
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from model_core.documents import UserError
+from model_core.exit_codes import DONE, tell_error
 from model_core.recipe import load_recipe
-from model_core.rewards.verdict import RewardUnavailable
 from model_core.run_record import check_run_name
 from model_core.site import load_site
 from model_core.steps.registry import STEPS, StepSpec, step_spec
-from model_core.storage import StorageError
 from model_core.task import do_task, follow_task, make_task
 from model_core.training.distributed import die_with_launcher, join_ranks
-from model_core.training.guard import TrainingDiverged
 from model_core.training.stopping import Stopped
 from model_core.workspace import check_inputs, read_input
-
-DONE, CONFIGURATION, INFRASTRUCTURE, FAILED = 0, 10, 20, 30
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,18 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 do_task(task, output=options.output, ranks=ranks)
             else:
                 follow_task(task, ranks=ranks)
-    except UserError as error:
-        print(f"{options.step}: {error}", file=sys.stderr, flush=True)
-        return CONFIGURATION
-    except (StorageError, RewardUnavailable, Stopped) as error:
-        print(f"{options.step}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return INFRASTRUCTURE
-    except TrainingDiverged as error:
-        print(f"{options.step}: {error}", file=sys.stderr, flush=True)
-        return FAILED
-    except Exception:  # noqa: BLE001 - whatever a step raises is told and becomes an exit code
-        traceback.print_exc()
-        return FAILED
+    except Exception as error:  # noqa: BLE001 - whatever a step raises is told and becomes an exit code
+        return tell_error(error, who=options.step)
     return DONE
 
 

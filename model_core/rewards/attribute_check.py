@@ -29,6 +29,7 @@ from model_core.data.synthetic import (
     SHAPE_CENTER,
     SHAPES,
     TEXT_CENTERS,
+    MaskOf,
     Scene,
     asked_in,
     coverage,
@@ -213,27 +214,22 @@ def _cell(center: tuple[float, float]) -> tuple[slice, slice]:
 @lru_cache(maxsize=8)
 def _shape_units(position: str) -> np.ndarray:
     """(shapes x shifts, pixels of the window): masks, centred, of unit norm."""
-    x, y = (share * SIDE for share in SHAPE_CENTER[position])
-    rows = [
-        coverage(shape_mask, shape, x + dx, y + dy, size_px=SIDE)[_window(position)].ravel()
-        for shape in SHAPES
-        for dx in SHAPE_SHIFTS
-        for dy in SHAPE_SHIFTS
-    ]
-    return _unit(np.stack(rows))
+    return _units(shape_mask, SHAPES, SHAPE_CENTER[position], _window(position), SHAPE_SHIFTS)
 
 
 @lru_cache(maxsize=8)
 def _glyph_units(signs: str) -> np.ndarray:
     """(signs x shifts, pixels of a cell): masks, centred, of unit norm. A cell looks the same at every place."""
     center = TEXT_CENTERS["left"][0]
+    return _units(glyph_mask, signs, center, _cell(center), GLYPH_SHIFTS)
+
+
+def _units(
+    mask_of: MaskOf, names: Sequence[str], center: tuple[float, float], box: tuple[slice, slice], shifts: Sequence[float]
+) -> np.ndarray:
+    """(names x shifts, pixels of the box): coverage by each name at each shift (px) from a centre (shares of the side), of unit norm."""
     x, y = (share * SIDE for share in center)
-    rows = [
-        coverage(glyph_mask, sign, x + dx, y + dy, size_px=SIDE)[_cell(center)].ravel()
-        for sign in signs
-        for dx in GLYPH_SHIFTS
-        for dy in GLYPH_SHIFTS
-    ]
+    rows = [coverage(mask_of, name, x + dx, y + dy, size_px=SIDE)[box].ravel() for name in names for dx in shifts for dy in shifts]
     return _unit(np.stack(rows))
 
 

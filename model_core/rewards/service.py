@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -19,16 +18,15 @@ from typing import NoReturn
 import uvicorn
 
 from model_core.documents import UserError
+from model_core.exit_codes import DONE, tell_error
 from model_core.manifest import Manifest
 from model_core.recipe import Recipe, load_recipe
 from model_core.rewards.endpoints import RewardService, application
 from model_core.rewards.opening import served_scorer
 from model_core.rewards.verdict import Scorer
 from model_core.site import Site, load_site
-from model_core.storage import StorageError
 from model_core.workspace import read_input
 
-DONE, CONFIGURATION, INFRASTRUCTURE, FAILED = 0, 10, 20, 30
 MakeScorer = Callable[[Recipe, Site, Mapping[str, Manifest]], Scorer]
 
 
@@ -57,15 +55,8 @@ def main(arguments: Sequence[str] | None = None, *, make_scorer: MakeScorer = se
             batch_size=options.batch_size,
             announce=options.announce,
         )
-    except UserError as error:
-        print(f"rewards: {error}", file=sys.stderr, flush=True)
-        return CONFIGURATION
-    except StorageError as error:
-        print(f"rewards: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return INFRASTRUCTURE
-    except Exception:  # noqa: BLE001 - whatever a model raises is told and becomes an exit code
-        traceback.print_exc()
-        return FAILED
+    except Exception as error:  # noqa: BLE001 - whatever a model raises is told and becomes an exit code
+        return tell_error(error, who="rewards")
     return DONE
 
 
