@@ -15,6 +15,7 @@ from model_core.data.edits import edit_scene
 from model_core.data.keys import keyed_generator
 from model_core.data.synthetic import (
     Scene,
+    describe,
 )
 from model_core.documents import UserError
 from model_core.recipe import Scenes
