@@ -43,10 +43,14 @@ from model_core.recipe_data import (
     Share,
     TextImages,
 )
+from model_core.recipe_distillation import DMD, Teacher
+from model_core.recipe_enhancer import DEGRADATIONS, Degradation, Enhancer, EnhancerGRPO
 from model_core.recipe_models import VAE, Encoder, MMDiTModel, VAEModel
 
 __all__ = [
+    "DEGRADATIONS",
     "DIMENSIONS",
+    "DMD",
     "EDIT_DIMENSIONS",
     "GRPO",
     "SDE",
@@ -56,9 +60,12 @@ __all__ = [
     "Captions",
     "CompressionRatio",
     "Data",
+    "Degradation",
     "Dimension",
     "Edits",
     "Encoder",
+    "Enhancer",
+    "EnhancerGRPO",
     "Evaluation",
     "Guard",
     "GuidanceMode",
@@ -74,6 +81,7 @@ __all__ = [
     "Sampling",
     "Scenes",
     "Stage",
+    "Teacher",
     "TextImages",
     "Thresholds",
     "VAEModel",
@@ -200,8 +208,18 @@ class Recipe(Section):
     preferences: Preferences = Preferences()
     reward: Reward = Reward()
     grpo: GRPO | None = None  # None: the last stage's model is not aligned, and no rewards are trained
+    dmd: DMD | None = None  # None: no student of few steps is distilled
+    enhancer: Enhancer | None = None  # None: no Prompt Enhancer is trained
+    enhancer_grpo: EnhancerGRPO | None = None  # None: it is not aligned with rewards
     evaluation: Evaluation = Evaluation()
     registry: Registry = Registry()
+
+    @model_validator(mode="after")
+    def _enhancer_is_there(self) -> Recipe:
+        if self.enhancer_grpo is not None and (self.enhancer is None or self.grpo is None):
+            absent = "enhancer" if self.enhancer is None else "grpo, whose reward models score its pictures"
+            raise ValueError(f"enhancer_grpo is set without {absent}; allowed is both or neither")
+        return self
 
     @model_validator(mode="after")
     def _slots_are_whole(self) -> Recipe:

@@ -127,6 +127,30 @@ STEPS: dict[str, StepSpec] = {
             parallel=True,
         ),
         StepSpec(
+            name="distill_dmd",
+            version=1,
+            sections=("seed", "dmd", "sampling", "data.scenes", "edits.operations", "mmdit.stages"),
+            inputs=("model", "vae", "encoder", "captions", "images", "edits"),
+            optional=("base",),
+            kind="model",
+            parallel=True,
+        ),
+        StepSpec(
+            name="train_enhancer",
+            version=1,
+            sections=("seed", "enhancer", "data.scenes"),
+            inputs=("captions", "images", "edits"),
+            kind="model",
+        ),
+        StepSpec(
+            name="align_enhancer",
+            version=1,
+            sections=("seed", "enhancer_grpo", "sampling", "data.scenes", "mmdit.stages"),
+            inputs=("enhancer", "generator", "vae", "encoder", "captions", "images", "edits"),
+            optional=DIMENSIONS,
+            kind="model",
+        ),
+        StepSpec(
             name="evaluate_model",
             version=1,
             sections=("seed", "evaluation", "sampling", "data.scenes", "mmdit.stages"),
@@ -138,9 +162,17 @@ STEPS: dict[str, StepSpec] = {
             version=1,
             sections=("registry", "sampling", "mmdit.stages"),
             inputs=("model", "vae", "encoder", "evaluation"),
+            optional=("student", "enhancer"),
             kind="model",
         ),
-        StepSpec(name="publish_report", version=1, sections=(), inputs=("model", "vae", "evaluation", "registration"), kind="report"),
+        StepSpec(
+            name="publish_report",
+            version=1,
+            sections=(),
+            inputs=("model", "vae", "evaluation", "registration"),
+            optional=("student", "enhancer"),
+            kind="report",
+        ),
     )
 }
 
