@@ -41,7 +41,7 @@ class DMD(Section):
     ema_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98  # of the student's weights, which are published (FastVideo)
     lora_rank: Count | None = None  # student and fake score as adapters on one frozen teacher; None: all parameters are trained
     lora_alpha: PositiveFloat = 64.0
-    offload: bool = False  # on a GPU, roles that are idle wait in the machine's memory (ours)
+    offload: bool = False  # on a GPU, what a phase does not need waits in the machine's memory (ours)
     samples_a_chunk: Count = 32  # samples that go through the models at a time
     num_fixed: Count = 64  # prompts and edits that student and teacher draw at the end, with fixed seeds
     log_every_iterations: Count = 20
@@ -56,6 +56,8 @@ class DMD(Section):
         for step, weights in enumerate(self.teacher_weights):
             if abs(sum(weights.values()) - 1.0) > 1e-6:
                 raise ValueError(f"teacher_weights of step {step} sum to {sum(weights.values()):g}; allowed is 1")
+        if self.offload and self.lora_rank is not None:
+            raise ValueError("offload is true and lora_rank is set; allowed is one of them: adapters share the teacher's weights")
         for name, times in (("match_times", self.match_times), ("guidance_times", self.guidance_times)):
             if times is not None and not times[0] < times[1]:
                 raise ValueError(f"{name} is {list(times)}; allowed are two rising times in 0..1")

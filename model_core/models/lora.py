@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,11 @@ def add_lora(model: MMDiT, *, rank: int, alpha: float, seed: int) -> None:
         for name, linear in list(block.named_children()):
             if isinstance(linear, nn.Linear):
                 setattr(block, name, LoRALinear(linear, rank=rank, alpha=alpha, generator=generator))
+
+
+def sharing_copy(model: MMDiT) -> MMDiT:
+    """A copy whose frozen weights are the model's own: several roles, each with its adapters, then need them once."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad})
 
 
 @contextmanager

@@ -71,6 +71,12 @@ class Optimizer:
         """Forgets the gradients."""
         self._adamw.zero_grad(set_to_none=True)
 
+    def move(self, device: torch.device) -> None:
+        """Takes the moments to `device`: while others need the room, they may wait elsewhere. A step needs them back."""
+        for moments in self._adamw.state.values():
+            for name, value in moments.items():
+                moments[name] = value.to(device)
+
     def state_dict(self) -> dict[str, Any]:
         """Moments of every parameter, by the parameter's name in the model: they can be taken up at any world size."""
         return get_optimizer_state_dict(self._model, self._adamw)

@@ -47,7 +47,7 @@ def merging_backward(
     total = torch.zeros((), dtype=torch.float64, device=next(student.parameters()).device)
     for members in chunks_of(prompts, places, groups_a_chunk=config.groups_a_chunk):
         chosen = [prompts[place] for place in members]
-        conditions, unconditional = policy_conditions(artist, chosen, repeats=1, guided=artist.guided)
+        conditions, unconditional = policy_conditions(artist.vae, artist.encoder, chosen, repeats=1, guided=artist.guided)
         (height, width), teacher = chosen[0].size_px, teachers[kind_of(chosen[0])]
         shape = (height // CompressionRatio, width // CompressionRatio)
         noise = np.stack([artist.noise(student.latent_channels, shape, update, prompt.prompt_id, "merging") for prompt in chosen])

@@ -100,7 +100,7 @@ def draw_chunks(artist: Artist, mmdit: MMDiT, prompts: Sequence[PolicyPrompt], p
 
 
 def policy_conditions(
-    artist: Artist, prompts: Sequence[PolicyPrompt], *, repeats: int, guided: bool
+    vae: ResidualVAE, encoder: ConditionEncoder, prompts: Sequence[PolicyPrompt], *, repeats: int, guided: bool
 ) -> tuple[Conditions, Conditions | None]:
     """Conditions of `repeats` samples of each prompt, and those without a prompt, for guidance. Prompts are of one shape."""
     (height, width), num_sources = prompts[0].shape
@@ -108,7 +108,7 @@ def policy_conditions(
     sources = [[image_tensor(image) for image in prompt.sources] for prompt in prompts]
     references = [torch.stack([images[slot] for images in sources]) for slot in range(num_sources)]
     texts = [prompt.prompt for prompt in prompts] + ([""] * len(prompts) if guided else [])
-    encoded = encode_conditions(artist.vae, artist.encoder, texts, references, shape=shape)
+    encoded = encode_conditions(vae, encoder, texts, references, shape=shape)
     rows = [row for row in range(len(prompts)) for _ in range(repeats)]
     return encoded.rows(rows), encoded.rows([row + len(prompts) for row in rows]) if guided else None
 
@@ -138,7 +138,7 @@ def latent_pictures(vae: ResidualVAE, latents: Tensor, shape: Grid) -> list[Imag
 def _draw(artist: Artist, mmdit: MMDiT, prompts: Sequence[PolicyPrompt], places: Sequence[int], *, update: int) -> Chunk:
     config, size_px = artist.config, prompts[0].size_px
     shape = (size_px[0] // CompressionRatio, size_px[1] // CompressionRatio)
-    conditions, unconditional = policy_conditions(artist, prompts, repeats=config.group_size, guided=artist.guided)
+    conditions, unconditional = policy_conditions(artist.vae, artist.encoder, prompts, repeats=config.group_size, guided=artist.guided)
     device, channels = conditions.images.device, mmdit.latent_channels
     samples = [(prompt.prompt_id, sample) for prompt in prompts for sample in range(config.group_size)]
 
