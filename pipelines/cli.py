@@ -103,12 +103,13 @@ def compile(
     site: SiteName = DEFAULT_SITE,
     assignments: Assignments = None,
 ) -> None:
-    """Writes the DAG for Kubeflow Pipelines; it depends on the recipe's list of stages, its having `grpo`, and the site's image alone."""
+    """Writes the DAG for Kubeflow Pipelines; it depends on the recipe's stages and optional sections, and the site's image alone."""
     found, image = find_recipe(recipe, assignments or ()), find_site(site).image
     from pipelines.compile import compile_training
+    from pipelines.training import Sections
 
     try:
-        compile_training(found.stages, align=found.grpo is not None, image=image, output=output)
+        compile_training(found.stages, Sections.of(found), image=image, output=output)
     except OSError as error:
         raise UserError(f"compile: --output {output}: cannot be written ({error.strerror})") from error
     typer.echo(f"wrote {output}")

@@ -16,7 +16,7 @@ from model_core.recipe import Recipe
 from model_core.site import Site
 from model_core.steps.registry import STEPS, step_spec
 from model_core.workspace import Address, Workspace, step_key
-from pipelines.training import training_pipeline
+from pipelines.training import Sections, training_pipeline
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class PlannedStep:
         return {"step": self.task.step, "stage": self.task.stage, "key": self.key, "status": self.status}
 
 
-def training_tasks(stages: Sequence[str], *, align: bool) -> list[Task]:
+def training_tasks(stages: Sequence[str], sections: Sections) -> list[Task]:
     """The nodes of the training DAG, each after those it takes from. Read from the compiled DAG, which is the only one."""
-    spec = training_pipeline(stages, align=align, image="python").pipeline_spec
+    spec = training_pipeline(stages, sections, image="python").pipeline_spec
     pending = {name: _task(name, node) for name, node in spec.root.dag.tasks.items()}
     ordered: dict[str, Task] = {}
     while pending:
@@ -64,7 +64,7 @@ def plan_run(recipe: Recipe, site: Site) -> list[PlannedStep]:
     workspace = Workspace(site)
     found: dict[str, Manifest] = {}
     planned = []
-    for task in training_tasks(recipe.stages, align=recipe.grpo is not None):
+    for task in training_tasks(recipe.stages, Sections.of(recipe)):
         spec = step_spec(task.step)
         if any(parent not in found for parent in task.inputs.values()):
             planned.append(PlannedStep(task, None, "after others"))

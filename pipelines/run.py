@@ -30,7 +30,7 @@ from model_core.storage import StorageError
 from model_core.workspace import Workspace
 from pipelines.errors import RunError, Stopped
 from pipelines.output import StepLines
-from pipelines.training import training_pipeline
+from pipelines.training import Sections, training_pipeline
 
 
 def run_name(recipe: Recipe, now: datetime) -> str:
@@ -49,7 +49,7 @@ def run_training(recipe: Recipe, site: Site, *, name: str | None = None, say: Ca
     check_inputs(recipe, site)
     check_workspace(site)
     workspace = Workspace(site)
-    pipeline = training_pipeline(recipe.stages, align=recipe.grpo is not None, image="python")
+    pipeline = training_pipeline(recipe.stages, Sections.of(recipe), image="python")
     num_steps = len(pipeline.pipeline_spec.root.dag.tasks)
     lines = StepLines(num_steps, say)
     with ExitStack() as stack:

@@ -133,7 +133,8 @@ def test_entry_points_start_without_heavy_packages(module: str, heavy: set[str])
 def test_each_step_has_a_module_a_component_and_a_place_in_the_dag() -> None:
     from model_core.steps.registry import STEPS
     from pipelines.plan import training_tasks
+    from pipelines.training import Sections
 
     assert {path.stem for path in files("model_core/steps")} - {"__init__", "registry"} == set(STEPS)
     assert {path.stem for path in (ROOT / "components").glob("*.py")} - {"__init__"} == set(STEPS)
-    assert {task.step for task in training_tasks(["S1"], align=True)} == set(STEPS)
+    assert {task.step for task in training_tasks(["S1"], Sections(True, True, True, True))} == set(STEPS)
