@@ -15,7 +15,6 @@ from model_core.evaluation.drawing import Painter, Request, draw
 from model_core.evaluation.judge import Judge
 from model_core.training.policy_merging import kind_of
 
-DISTILLATION = "distillation.json"  # of distill_dmd: the curves, the comparison, what is shown
 NUM_SHOWN = 12  # rows of pictures, half of them edits
 
 
@@ -65,7 +64,7 @@ def save_pictures(output: Path, fixed: Sequence[FixedPrompt], drawn: Mapping[str
     chosen: list[int] = []
     for kind in ("image", "edit"):
         chosen += [index for index in range(len(fixed)) if kinds[index] == kind][: NUM_SHOWN // 2]
-    folder = output / "pictures"
+    folder = output / "students"
     folder.mkdir()
     shown = []
     for index in chosen:

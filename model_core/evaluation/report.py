@@ -21,6 +21,9 @@ from model_core.workspace import Workspace
 
 BODY, PAGE = "body.json", "report.html"
 ALIGNMENT = "alignment.json"  # of an aligned model: every update, and what was compared before and after
+DISTILLATION = "distillation.json"  # of a student: the curves, and what was compared with its teacher
+ENHANCEMENT = "enhancement.json"  # of an aligned Prompt Enhancer: every update, and what was compared
+SECTIONS = {"alignment": ALIGNMENT, "distillation": DISTILLATION, "enhancement": ENHANCEMENT}  # of a body, and the files they are
 GOALS = {"judge/mean": 0.80, "edit/success": 0.60, "vae/psnr": 26.0}  # what the demo is to reach
 MAX_INLINE_BYTES = 60_000  # larger pictures go into the page as JPEG
 JPEG_QUALITY = 88
@@ -106,8 +109,9 @@ def pictures_of(body: dict[str, Any]) -> list[str]:
             yield from (*entry["sources"], entry["result"], entry["target"])
         for entry in body["reconstructions"]:
             yield from (entry["original"], entry["decoded"])
-        for entry in body.get("alignment", {}).get("shown", []):
-            yield from entry["pictures"].values()
+        for section in SECTIONS:
+            for entry in body.get(section, {}).get("shown", []):
+                yield from entry["pictures"].values()
 
     return list(dict.fromkeys(found()))
 
@@ -139,6 +143,7 @@ def render_page(
         groups=GROUPS,
         picture=lambda name: _inline(read(name)),
         charts=_charts(body["curves"]) if body else [],
+        student_charts=student_charts(body["distillation"]["points"]) if body and "distillation" in body else [],
         reward_charts=reward_charts(body["alignment"]["points"], gold=body["alignment"]["gold"]) if body and "alignment" in body else [],
         longest=max([step.seconds for step in run.steps if not step.reused], default=0.0) if run else 0.0,
     )
@@ -180,6 +185,24 @@ def reward_charts(points: list[dict[str, Any]], *, gold: str | None) -> list[dic
         if known:
             svg = Markup(line_chart(known, label=f"{title} by update"))
             charts.append({"title": title.replace("_", " "), "svg": svg, "last": known[-1][1], "steps": int(known[-1][0])})
+    return charts
+
+
+def student_charts(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Title, SVG and last value by iteration of what tells whether a distillation is well: errors, gradients and brightness, not losses."""
+    titles = {
+        "critic_error/t0": "fake score's error near the picture",
+        "critic_error/t3": "fake score's error near noise",
+        "student_grad_norm": "student's gradient norm",
+        "picture_mean": "mean brightness of the student's pictures",
+        "picture_std": "spread of the student's pictures",
+    }
+    charts = []
+    for name, title in titles.items():
+        known = [(float(point["iteration"]), float(point[name])) for point in points if name in point]
+        if known:
+            svg = Markup(line_chart(known, label=f"{title} by iteration"))
+            charts.append({"title": title, "svg": svg, "last": known[-1][1], "steps": int(known[-1][0])})
     return charts
 
 

@@ -22,8 +22,9 @@ from model_core.data.prompts import PolicyPrompt, prompts_of_update, read_prompt
 from model_core.documents import UserError
 from model_core.evaluation.before_after import fixed_prompts
 from model_core.evaluation.drawing import Painter
-from model_core.evaluation.few_step_comparison import DISTILLATION, Compared, brightness, compare_drawn, draw_compared, save_pictures
+from model_core.evaluation.few_step_comparison import Compared, brightness, compare_drawn, draw_compared, save_pictures
 from model_core.evaluation.judge import Judge
+from model_core.evaluation.report import DISTILLATION
 from model_core.models.condition import load_encoder
 from model_core.models.lora import merged_state
 from model_core.models.mmdit import load_mmdit, save_mmdit

@@ -12,7 +12,7 @@ import shutil
 from typing import Any
 
 from model_core.context import StepContext
-from model_core.evaluation.report import ALIGNMENT, BODY, PAGE, pictures_of, render_page
+from model_core.evaluation.report import BODY, PAGE, SECTIONS, pictures_of, render_page
 
 KEPT_PARTS = ("content_digest", "key", "stage", "step")  # of each part of the registered model
 
@@ -38,15 +38,16 @@ def run(context: StepContext) -> dict[str, Any]:
             "parts": {name: {key: part[key] for key in KEPT_PARTS} for name, part in registered["parts"].items()},
         },
     }
-    aligned = inputs["model"] if ALIGNMENT in inputs["model"].names() else None
-    if aligned is not None:
-        body["alignment"] = aligned.read_json(ALIGNMENT)
+    drawn_by = [inputs[name] for name in ("model", "student", "enhancer") if name in inputs]
+    for section, file_name in SECTIONS.items():
+        body |= {section: folder.read_json(file_name) for folder in drawn_by if file_name in folder.names()}
+    if "student" in inputs:
+        body["scores"] |= {f"student/{name}": value for name, value in body["distillation"]["comparison"]["judge"]["student"].items()}
     pictures = pictures_of(body)
     for name in pictures:
         target = context.output / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        drawn_by = aligned if aligned is not None and name in aligned.names() else evaluation
-        shutil.copyfile(drawn_by.path(name), target)
+        shutil.copyfile(next(folder for folder in [*drawn_by, evaluation] if name in folder.names()).path(name), target)
     (context.output / BODY).write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page = render_page(body, read=lambda name: (context.output / name).read_bytes())
     (context.output / PAGE).write_text(page, encoding="utf-8")
