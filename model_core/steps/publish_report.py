@@ -40,7 +40,9 @@ def run(context: StepContext) -> dict[str, Any]:
     }
     drawn_by = [inputs[name] for name in ("model", "student", "enhancer") if name in inputs]
     for section, file_name in SECTIONS.items():
-        body |= {section: folder.read_json(file_name) for folder in drawn_by if file_name in folder.names()}
+        for folder in drawn_by:
+            if file_name in folder.names():
+                body[section] = folder.read_json(file_name)
     if "student" in inputs:
         body["scores"] |= {f"student/{name}": value for name, value in body["distillation"]["comparison"]["judge"]["student"].items()}
     pictures = pictures_of(body)
