@@ -43,7 +43,10 @@ class Painter:
 
 
 def open_painter(*, mmdit: Path, vae: Path, encoder: Path, sampling: Sampling) -> Painter:
-    """The model in these folders, on this machine's GPU where it has one; a student of few steps has its own sampler in place of `sampling`."""
+    """The model in these folders, on this machine's GPU where it has one.
+
+    A student of few steps has the sampler that was saved beside its weights, in place of `sampling`.
+    """
     device = compute_device()
     model, own = (load_mmdit(mmdit), sampling) if load_sampler(mmdit) is None else load_student(mmdit)
     return Painter(

@@ -55,8 +55,8 @@ def sample(
         return torch.from_numpy(np.stack(drawn)).flatten(2).transpose(1, 2).to(vae.latent_mean.device)
 
     if isinstance(sampling, FewStep):
-        times = sampling.times(height * width)
-        latents = few_step(_at_one_time(denoise), noise(), times, step_noise=lambda step: noise("step", step)).float()
+        student_times = sampling.times(height * width)
+        latents = few_step(_at_one_time(denoise), noise(), student_times, step_noise=lambda step: noise("step", step)).float()
     else:
         times = shifted_times(sampling.steps, mu=shift_mu(height * width, sampling.shift_mu), final_sigma=sampling.final_sigma)
         latents = euler(guided_velocity(denoise, sampling), noise(), times)
