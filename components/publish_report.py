@@ -17,6 +17,8 @@ def publish_report(
     registration: Input[Model],
     manifest: Output[Artifact],
     page: Output[HTML],
+    student: Input[Model] = None,
+    enhancer: Input[Model] = None,
 ) -> None:
     """Writes the run's report: steps with time and reuse, curves, samples, edits, reconstructions and scores.
 
@@ -30,6 +32,8 @@ def publish_report(
         registration: Manifest of register_model: the registered version.
         manifest: Where the manifest of the result goes. report.html and report.json.
         page: The report, as Kubeflow shows it.
+        student: Manifest of distill_dmd: the few-step student; absent where the recipe distils none.
+        enhancer: Manifest of align_enhancer, or of train_enhancer: the Prompt Enhancer; absent where the recipe trains none.
     """
     from components.launch import run_step
 
@@ -38,7 +42,14 @@ def publish_report(
         recipe=recipe,
         site=site,
         run=run,
-        inputs={"model": model.path, "vae": vae.path, "evaluation": evaluation.path, "registration": registration.path},
+        inputs={
+            "model": model.path,
+            "vae": vae.path,
+            "evaluation": evaluation.path,
+            "registration": registration.path,
+            "student": student.path if student else None,
+            "enhancer": enhancer.path if enhancer else None,
+        },
         output=manifest.path,
         page=page.path,
     )

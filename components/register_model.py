@@ -16,6 +16,8 @@ def register_model(
     encoder: Input[Model],
     evaluation: Input[Artifact],
     manifest: Output[Model],
+    student: Input[Model] = None,
+    enhancer: Input[Model] = None,
 ) -> None:
     """Registers the trained model with its parts and scores under the recipe's name and alias.
 
@@ -28,6 +30,8 @@ def register_model(
         encoder: Manifest of prepare_encoder: the frozen condition encoder.
         evaluation: Manifest of evaluate_model: scores and fixed-seed grids.
         manifest: Where the manifest of the result goes. The registered version: name, alias and the parts it names.
+        student: Manifest of distill_dmd: the few-step student; absent where the recipe distils none.
+        enhancer: Manifest of align_enhancer, or of train_enhancer: the Prompt Enhancer; absent where the recipe trains none.
     """
     from components.launch import run_step
 
@@ -36,6 +40,13 @@ def register_model(
         recipe=recipe,
         site=site,
         run=run,
-        inputs={"model": model.path, "vae": vae.path, "encoder": encoder.path, "evaluation": evaluation.path},
+        inputs={
+            "model": model.path,
+            "vae": vae.path,
+            "encoder": encoder.path,
+            "evaluation": evaluation.path,
+            "student": student.path if student else None,
+            "enhancer": enhancer.path if enhancer else None,
+        },
         output=manifest.path,
     )

@@ -12,11 +12,13 @@ from PIL import Image
 
 from model_core.data.buckets import fit
 from model_core.data.pixels import image_tensor, tensor_image
+from model_core.documents import UserError
 from model_core.models.condition import ConditionEncoder, load_encoder
-from model_core.models.mmdit import MMDiT, load_mmdit
+from model_core.models.mmdit import MMDiT, load_mmdit, load_student
 from model_core.models.tiling import decode_pictures, encode_pictures
 from model_core.models.vae import ResidualVAE, load_vae
 from model_core.recipe import Sampling
+from model_core.sampling.few_step import FewStep, load_sampler
 from model_core.sampling.pipeline import sample
 from model_core.training.distributed import compute_device, frozen_dtype
 
@@ -30,17 +32,28 @@ class Painter:
     mmdit: MMDiT
     vae: ResidualVAE
     encoder: ConditionEncoder
-    sampling: Sampling
+    sampling: Sampling | FewStep
+
+    @property
+    def flow_sampling(self) -> Sampling:
+        """How the flow is sampled; raises UserError for a student of few steps, which is none."""
+        if isinstance(self.sampling, FewStep):
+            raise UserError("found a student of few steps, which its own sampler alone can draw with; allowed is a model of a flow")
+        return self.sampling
 
 
 def open_painter(*, mmdit: Path, vae: Path, encoder: Path, sampling: Sampling) -> Painter:
-    """The model in these folders, on this machine's GPU where it has one."""
+    """The model in these folders, on this machine's GPU where it has one.
+
+    A student of few steps has the sampler that was saved beside its weights, in place of `sampling`.
+    """
     device = compute_device()
+    model, own = (load_mmdit(mmdit), sampling) if load_sampler(mmdit) is None else load_student(mmdit)
     return Painter(
-        mmdit=load_mmdit(mmdit).to(device).eval(),
+        mmdit=model.to(device).eval(),
         vae=load_vae(vae).to(device),
         encoder=load_encoder(encoder, dtype=frozen_dtype(device)).to(device),
-        sampling=sampling,
+        sampling=own,
     )
 
 

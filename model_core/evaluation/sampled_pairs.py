@@ -66,7 +66,7 @@ def sampled_preferences(
             (index, side) for index, side in wanted if (choices[index][side].model, choices[index][side].guidance_scale) == (model, scale)
         ]
         painter = painters[model]
-        painter = replace(painter, sampling=painter.sampling.model_copy(update={"guidance_scale": scale}))
+        painter = replace(painter, sampling=painter.flow_sampling.model_copy(update={"guidance_scale": scale}))
         requests = [
             Request(prompts[index].text, choices[index][side].seed, prompts[index].size_px, prompts[index].sources)
             for index, side in members
@@ -98,7 +98,7 @@ def _rows(
 ) -> list[Preference]:
     sources = [encode_image(source) for source in prompt.sources]
     (one, first), (two, second) = sorted(zip(choices, pictures, strict=True))
-    sampling = [painters[choice.model].sampling.model_dump_json(exclude={"guidance_scale"}) for choice in (one, two)]
+    sampling = [painters[choice.model].flow_sampling.model_dump_json(exclude={"guidance_scale"}) for choice in (one, two)]
     pair_id = key_bytes("sampled pair", prompt.text, prompt.size_px, *sources, one, two, *sampling).hex()[:ID_LENGTH]
     if keyed_uniform("sampled side", pair_id) < 0.5:
         (one, first), (two, second) = (two, second), (one, first)

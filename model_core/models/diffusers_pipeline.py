@@ -32,13 +32,17 @@ PARTS = {  # name and folder: library and class
 
 
 def write_pipeline(painter: Painter, folder: Path, parts: Collection[str]) -> dict[str, str]:
-    """Writes `parts` (names of PARTS) and `model_index.json` into `folder`; returns why others of them are left out, by name."""
+    """Writes `parts` (names of PARTS) and `model_index.json` into `folder`; returns why others of them are left out, by name.
+
+    Raises UserError for a student of few steps: diffusers would sample it as a flow.
+    """
+    sampling = painter.flow_sampling
     writers: dict[str, Callable[[Path], None]] = {
         "transformer": lambda place: mmdit_diffusers.write_diffusers(painter.mmdit, place),
         "vae": lambda place: vae_diffusers.write_diffusers(painter.vae, place),
         "text_encoder": lambda place: _write_text_encoder(painter.encoder, place),
         "processor": lambda place: _write_processor(painter.encoder, place),
-        "scheduler": lambda place: _write_scheduler(painter.sampling, place),
+        "scheduler": lambda place: _write_scheduler(sampling, place),
     }
     left_out = {}
     for name in parts:
@@ -56,10 +60,10 @@ def write_pipeline(painter: Painter, folder: Path, parts: Collection[str]) -> di
 def differences(painter: Painter) -> list[str]:
     """What the pipeline does otherwise than this project's sampler with the same weights, one sentence each."""
     told = []
-    if painter.sampling.guidance_scale > 1.0:
-        scale = painter.sampling.guidance_scale
+    if painter.flow_sampling.guidance_scale > 1.0:
+        scale = painter.flow_sampling.guidance_scale
         told.append(f"guidance is an argument there: true_cfg_scale={scale:g} with negative_prompt=' '")
-        if painter.sampling.rescale_norm:
+        if painter.flow_sampling.rescale_norm:
             told.append("guided velocities do not get the norm of the conditional ones there, as sampling.rescale_norm has it here")
     if not painter.encoder.sees_images:
         told.append("condition images are shown to the text encoder there; this model was trained with one that is not")

@@ -11,6 +11,7 @@ from model_core.documents import UserError
 from model_core.models import mmdit, mmdit_diffusers
 from model_core.models.mmdit import MMDiT
 from model_core.recipe import MMDiTModel
+from model_core.sampling.few_step import load_sampler
 
 
 def load_earlier(path: str, settings: MMDiTModel, *, latent_channels: int, text_dim: int) -> MMDiT:
@@ -35,6 +36,10 @@ def check_earlier(path: str, settings: MMDiTModel) -> tuple[int, int]:
     if not (folder / "config.json").is_file():
         raise UserError(
             f"mmdit.path: {path} holds no config.json; allowed is a folder of a transformer's weights, this project's or diffusers'"
+        )
+    if load_sampler(folder) is not None:
+        raise UserError(
+            f"mmdit.path: {path} holds a student of few steps, which training as a flow would undo; allowed are weights of a flow"
         )
     theirs = mmdit_diffusers.is_diffusers(folder)
     try:

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model_core.documents import UserError
 from model_core.models.attention import AttentionPlan, attend
 from model_core.models.rope import rotary_table, rotate
 from model_core.models.stream import Stream
 from model_core.recipe import MMDiTModel
+from model_core.sampling.few_step import FewStep, load_sampler
 
 KeyValue = tuple[Tensor, Tensor]  # keys and values (S, H, d)
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor]  # factors (S or 1, D) of norm and branch of attention, then of the MLP
@@ -243,7 +245,21 @@ def save_mmdit(model: MMDiT, folder: Path) -> None:
 
 
 def load_mmdit(folder: Path) -> MMDiT:
-    """The model that `save_mmdit` wrote."""
+    """The flow that `save_mmdit` wrote; raises UserError for a student of few steps, whose velocities are none of a flow."""
+    if load_sampler(folder) is not None:
+        raise UserError(f"{folder}: found a student of few steps, which its own sampler alone can draw with; allowed are weights of a flow")
+    return _read_weights(folder)
+
+
+def load_student(folder: Path) -> tuple[MMDiT, FewStep]:
+    """A student of few steps and the sampler that was saved beside it; raises UserError for weights of a flow."""
+    sampler = load_sampler(folder)
+    if sampler is None:
+        raise UserError(f"{folder}: found weights of a flow; allowed is a student of few steps, with its sampler beside it")
+    return _read_weights(folder), sampler
+
+
+def _read_weights(folder: Path) -> MMDiT:
     settings, latent_channels, text_dim = read_settings(folder)
     model = MMDiT(settings, latent_channels=latent_channels, text_dim=text_dim)
     model.load_state_dict(load_file(folder / "model.safetensors"))

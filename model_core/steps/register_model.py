@@ -1,14 +1,16 @@
 """register_model: names a trained model, its parts and its scores, and asks for a version in the model registry.
 
-Takes the last stage's weights, the VAE, the condition encoder and the evaluation; leaves `model.json`, which names the parts
-by step, key and content. No weights are copied. The registry's version and alias are made by whoever drains the spool, once the
-step has finished, so a registry that is away does not stop the run.
+Takes the last stage's weights, the VAE, the condition encoder and the evaluation, and where they were made the few-step student
+and the Prompt Enhancer; leaves `model.json`, which names the parts by step, key and content. No weights are copied. The
+registry's version and alias are made by whoever drains the spool, once the step has finished, so a registry that is away does not
+stop the run.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from model_core.context import StepContext
@@ -16,14 +18,19 @@ from model_core.documents import UserError
 from model_core.workspace import InputFolder
 
 PARTS = {"mmdit": "model", "vae": "vae", "encoder": "encoder"}  # name in model.json -> input
+OPTIONAL_PARTS = ("student", "enhancer")  # both their names in model.json and the inputs
 SCORES_FILE = "scores.json"  # of evaluate_model: {name: number}
+DISTILLATION_FILE = "distillation.json"  # of distill_dmd
 
 
 def run(context: StepContext) -> dict[str, Any]:
     """Writes `model.json`; returns the registered name, its alias and the scores."""
     registry = context.recipe.registry
     scores = read_scores(context.inputs["evaluation"])
-    parts = {part: reference(context.inputs[name]) for part, name in PARTS.items()}
+    present = [part for part in OPTIONAL_PARTS if part in context.inputs]
+    if "student" in present:
+        scores |= {f"student/{name}": value for name, value in read_student_scores(context.inputs["student"]).items()}
+    parts = {part: reference(context.inputs[name]) for part, name in {**PARTS, **{part: part for part in present}}.items()}
     document = {
         "schema": 1,
         "name": registry.name,
@@ -50,8 +57,19 @@ def reference(part: InputFolder) -> dict[str, str | None]:
 
 def read_scores(evaluation: InputFolder) -> dict[str, float]:
     """The evaluation's scores; raises UserError when one is not a finite number."""
-    scores = evaluation.read_json(SCORES_FILE)
+    return _finite(evaluation.read_json(SCORES_FILE), f"{evaluation.manifest.uri}/{SCORES_FILE}")
+
+
+def read_student_scores(student: InputFolder) -> dict[str, float]:
+    """What the judge gave the student's pictures, where distill_dmd has asked it; raises UserError when one is not a finite number."""
+    if DISTILLATION_FILE not in student.names():
+        return {}
+    judged = student.read_json(DISTILLATION_FILE).get("comparison", {}).get("judge", {}).get("student", {})
+    return _finite(judged, f"{student.manifest.uri}/{DISTILLATION_FILE}")
+
+
+def _finite(scores: Mapping[str, Any], where: str) -> dict[str, float]:
     for name, value in scores.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"register_model: {evaluation.manifest.uri}/{SCORES_FILE}: {name} is {value!r}; allowed are finite numbers")
+            raise UserError(f"register_model: {where}: {name} is {value!r}; allowed are finite numbers")
     return {name: float(value) for name, value in scores.items()}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,40 @@ def test_version_is_asked_for_in_the_spool(tmp_path: Path) -> None:
     assert (event["name"], event["alias"]) == ("painter", "staging")
     assert event["tags"]["part/mmdit"] == "train_mmdit/0123456789abcdef"
     assert event["tags"]["score/judge/mean"] == "0.9"
+
+
+def with_trained_extras(context: StepContext, judged: dict[str, Any]) -> StepContext:
+    """The context with a student, judged so, and an enhancer."""
+    workspace = Path(context.site.workspace)
+    distilled = {"comparison": {"judge": {"student": judged, "teacher": {"mean": 0.9}}}}
+    files = {"mmdit/model.safetensors": b"few steps", "distillation.json": json.dumps(distilled).encode()}
+    student = made_by("distill_dmd", workspace, site=context.site, files=files)
+    enhancer = made_by("train_enhancer", workspace, site=context.site, files={"enhancer/model.safetensors": b"words"})
+    return replace(context, inputs={**context.inputs, "student": student, "enhancer": enhancer})
+
+
+def test_student_and_enhancer_are_parts_and_the_students_scores_are_named_apart(tmp_path: Path) -> None:
+    context = with_trained_extras(context_at(tmp_path), {"mean": 0.85})
+    assert run(context) == {"name": "painter", "alias": "staging", **SCORES, "student/mean": 0.85}
+    document = json.loads((context.output / "model.json").read_bytes())
+    assert set(document["parts"]) == {"mmdit", "vae", "encoder", "student", "enhancer"}
+    assert document["parts"]["student"]["step"] == "distill_dmd"
+    assert document["parts"]["enhancer"]["content_digest"] == context.inputs["enhancer"].manifest.content_digest
+    (event,) = [event for event in parse_lines(context.tracker.path.read_bytes()) if event["op"] == "register"]
+    assert (event["tags"]["part/student"], event["tags"]["score/student/mean"]) == ("distill_dmd/0123456789abcdef", "0.85")
+
+
+def test_student_whose_pictures_nobody_judged_has_no_scores(tmp_path: Path) -> None:
+    context = context_at(tmp_path)
+    student = made_by("distill_dmd", tmp_path, site=context.site, files={"mmdit/model.safetensors": b"few steps"})
+    assert run(replace(context, inputs={**context.inputs, "student": student})) == {"name": "painter", "alias": "staging", **SCORES}
+
+
+def test_students_score_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    context = with_trained_extras(context_at(tmp_path), {"mean": "good"})
+    with pytest.raises(UserError, match=r"distillation.json: mean is 'good'; allowed are finite numbers"):
+        run(context)
+    assert list(context.output.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), "good", None, True])
