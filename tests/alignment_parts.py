@@ -50,6 +50,19 @@ GRPO_SETTINGS: dict[str, Any] = {
     "checkpoint_every_updates": 1,
     "schedule": [{"weights": WEIGHTS, "edit_share": 0.5}],
 }
+DMD_SETTINGS: dict[str, Any] = {
+    "student_steps": 3,
+    "teacher_weights": [{"base": 1.0}, {"base": 0.5, "aligned": 0.5}, {"aligned": 1.0}],
+    "iterations": 6,
+    "ttur": 2,
+    "batch_size": 4,
+    "samples_a_chunk": 2,
+    "lr": 1e-3,
+    "critic_lr": 1e-3,
+    "num_fixed": 2,
+    "log_every_iterations": 1,
+    "checkpoint_every_iterations": 1,
+}
 RECIPE: dict[str, Any] = {
     "name": "tiny",
     "sampling": {"steps": 2, "guidance_scale": 3.0},
@@ -103,13 +116,21 @@ def prompts_of(inputs: dict[str, Input]) -> dict[str, list[PolicyPrompt]]:
     return read_prompts(inputs["images"], inputs["edits"], inputs["captions"], resolution_px=64, multiple_px=16, seed=0)  # type: ignore[arg-type]
 
 
-def context_of(root: Path, inputs: dict[str, Input], *, ranks: Ranks = ALONE, output: str = "output", **grpo: Any) -> StepContext:
-    """The step's context; its checkpoints and output lie below `root`."""
+def context_of(
+    root: Path,
+    inputs: dict[str, Input],
+    *,
+    ranks: Ranks = ALONE,
+    output: str = "output",
+    dmd: dict[str, Any] | None = None,
+    **grpo: Any,
+) -> StepContext:
+    """The step's context, with settings of `grpo` and of `dmd` beside the tiny ones; its checkpoints and output lie below `root`."""
     folder = root / f"{output}-{ranks.rank}"
     folder.mkdir(parents=True, exist_ok=True)
     storage = open_storage((root / "store").as_uri())
     return StepContext(
-        recipe=parse_recipe(RECIPE | {"grpo": GRPO_SETTINGS | grpo}, "recipe"),
+        recipe=parse_recipe(RECIPE | {"grpo": GRPO_SETTINGS | grpo, "dmd": DMD_SETTINGS | (dmd or {})}, "recipe"),
         site=parse_site({"workspace": str(root)}, "site"),
         stage=None,
         run="test",

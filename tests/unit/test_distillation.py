@@ -12,7 +12,7 @@ from torch import Tensor
 from model_core.objectives.distillation import distillation_loss, matching_gradient, split_real
 from model_core.objectives.flow import flow_loss, interpolate, velocity_target
 from model_core.objectives.guidance import guide
-from model_core.sampling.few_step import clean_prediction, renoise
+from model_core.sampling.few_step import clean_prediction
 
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
 WEIGHTS = WEIGHTS / WEIGHTS.sum()
@@ -127,7 +127,7 @@ def critic_after(steps: int, *, student: tuple[float, float], t: float, start: t
         error = a * noised + b - velocity_target(clean, noise)
         (error.square().sum() / error.numel()).backward()
         optimizer.step()
-    return float(a), float(b)
+    return a.item(), b.item()
 
 
 def test_flow_matching_on_the_students_samples_leads_to_its_own_score() -> None:
