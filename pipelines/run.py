@@ -90,6 +90,7 @@ def check_inputs(recipe: Recipe, site: Site) -> None:
         "vae.teacher_path": recipe.vae.teacher_path,
         "mmdit.path": recipe.mmdit.path,
         "reward.trunk.path": recipe.reward.trunk.path,
+        "enhancer.path": recipe.enhancer.path if recipe.enhancer else None,
     }
     for field, path in folders.items():
         if path is not None and not Path(path).expanduser().is_dir():
