@@ -44,17 +44,17 @@ def draw_compared(painter: Painter, fixed: Sequence[FixedPrompt], judge: Judge |
 def compare_drawn(drawn: Mapping[str, Compared], *, seed: int) -> dict[str, Any]:
     """The judge's scores by drawer, the student's share of the teacher's, and how likely its lead on the teacher's few steps is chance.
 
-    `p` is that of a paired sign-flip test of what prompts asked and got; None without a judge.
+    `p` is that of a paired sign-flip test of the share of what each prompt asked, by rival: the teacher in as many steps, and in as
+    many network evaluations. Empty without a judge.
     """
     scores = {name: each.judge for name, each in drawn.items()}
     if not scores["student"]:
-        return {"judge": scores, "share_of_teacher": None, "p": None}
-    key = "judge/mean"
-    lead = drawn["student"].right - drawn["teacher_few"].right
+        return {"judge": scores, "share_of_teacher": None, "p": {}}
+    rivals = [name for name in drawn if name not in ("teacher", "student")]
     return {
         "judge": scores,
-        "share_of_teacher": scores["student"][key] / max(scores["teacher"][key], 1e-12),
-        "p": sign_flip_p(lead, seed=seed),
+        "share_of_teacher": scores["student"]["judge/mean"] / max(scores["teacher"]["judge/mean"], 1e-12),
+        "p": {name: sign_flip_p(drawn["student"].right - drawn[name].right, seed=seed) for name in rivals},
     }
 
 

@@ -2,7 +2,7 @@
 
 Takes the model and, where it was aligned, the one before as `base`; the autoencoder, the encoder, and the data whose prompts are drawn.
 Leaves the student's average weights and its sampler in `mmdit/`, `distillation.json` (every point of the curves, what was compared), and
-pictures of the same prompts and seeds by the teacher, by the teacher in as few steps, and by the student.
+pictures of the same prompts and seeds by the teacher, by the teacher in few steps, and by the student.
 """
 
 from __future__ import annotations
@@ -138,11 +138,13 @@ class _Distillation:
         save_sampler(distiller.sampler, output / "mmdit")
         fixed = fixed_prompts(recipe, self.prompts, num=self.config.num_fixed, size_px=self.size_px)
         judge = Judge(recipe.data.scenes) if any(each.asked for each in fixed) else None
-        few = recipe.sampling.model_copy(update={"steps": self.config.student_steps})
+        steps, evaluations_a_step = self.config.student_steps, 2 if distiller.guided else 1
+        few, as_dear = (recipe.sampling.model_copy(update={"steps": num}) for num in (steps, max(1, steps // evaluations_a_step)))
         drawn: dict[str, Compared] = {}
         for name, mmdit, sampling in (
             ("teacher", teacher, recipe.sampling),
             ("teacher_few", teacher, few),
+            ("teacher_as_dear", teacher, as_dear),
             ("student", student, distiller.sampler),
         ):
             self.context.say(f"drawing {len(fixed)} fixed prompts: {name}, {sampling.steps} steps")
@@ -154,7 +156,7 @@ class _Distillation:
             "points": self.points,
             "comparison": comparison,
             "sampler": {"steps": distiller.sampler.steps, "shift_mu": list(distiller.sampler.shift_mu)},
-            "teacher": {"steps": recipe.sampling.steps, "guidance_scale": recipe.sampling.guidance_scale},
+            "teacher": {"steps": recipe.sampling.steps, "evaluations_a_step": evaluations_a_step, "steps_as_dear": as_dear.steps},
             "shown": shown,
         }
         (output / DISTILLATION).write_text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n")
