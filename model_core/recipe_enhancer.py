@@ -50,7 +50,6 @@ class EnhancerGRPO(Section):
     updates: Count = 200
     group_size: Annotated[int, Field(ge=2)] = 8
     prompts_per_update: Count = 16
-    temperature: PositiveFloat = 1.0
     weights: dict[str, NonNegativeFloat] = Field({"alignment": 1.0, "aesthetics": 1.0, "text_constraints": 1.0}, min_length=1)
     edit_weights: dict[str, NonNegativeFloat] = Field(
         {"instruction_following": 1.0, "visual_consistency": 1.0, "text_constraints": 1.0}, min_length=1
