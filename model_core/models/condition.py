@@ -114,6 +114,11 @@ class ConditionEncoder(nn.Module):
         text = system_turn(self.system_prompt) + user_turn(prompt or " ", num_images=num_images)
         return len(self.token_ids(text)) - self._system_length - num_images
 
+    def reads(self, prompt: str) -> bool:
+        """Whether `encode_packed` takes a prompt: at most `max_tokens` tokens, and no mark of the chat among them."""
+        ids = self.token_ids(prompt)
+        return len(ids) <= self.max_tokens and not set(ids) & set(self.tokenizer.get_added_vocab().values())
+
     def token_ids(self, text: str) -> list[int]:
         """Tokens of `text`, special ones by their names, nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -145,7 +145,16 @@ STEPS: dict[str, StepSpec] = {
         StepSpec(
             name="align_enhancer",
             version=1,
-            sections=("seed", "enhancer_grpo", "sampling", "data.scenes", "mmdit.stages"),
+            sections=(
+                "seed",
+                "enhancer_grpo",
+                "enhancer.degradations",
+                "enhancer.max_new_tokens",
+                "sampling",
+                "data.scenes",
+                "edits.operations",
+                "mmdit.stages",
+            ),
             inputs=("enhancer", "generator", "vae", "encoder", "captions", "images", "edits"),
             optional=DIMENSIONS,
             kind="model",
