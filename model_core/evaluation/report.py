@@ -23,7 +23,8 @@ BODY, PAGE = "body.json", "report.html"
 ALIGNMENT = "alignment.json"  # of an aligned model: every update, and what was compared before and after
 DISTILLATION = "distillation.json"  # of a student: the curves, and what was compared with its teacher
 ENHANCEMENT = "enhancement.json"  # of an aligned Prompt Enhancer: every update, and what was compared
-SECTIONS = {"alignment": ALIGNMENT, "distillation": DISTILLATION, "enhancement": ENHANCEMENT}  # of a body, and the files they are
+# Of a body, and the files they are.
+SECTIONS = {"alignment": ALIGNMENT, "distillation": DISTILLATION, "enhancer": "enhancer_card.json", "enhancement": ENHANCEMENT}
 GOALS = {"judge/mean": 0.80, "edit/success": 0.60, "vae/psnr": 26.0}  # what the demo is to reach
 MAX_INLINE_BYTES = 60_000  # larger pictures go into the page as JPEG
 JPEG_QUALITY = 88
