@@ -87,13 +87,48 @@ def alignment() -> dict[str, Any]:
     }
 
 
-def publish(tmp_path: Path, output: Path, *, aligned: bool = False) -> None:
+def distillation() -> dict[str, Any]:
+    """What a student tells of itself."""
+    names = ("teacher", "teacher_few", "teacher_as_dear", "student")
+    judge = {name: {"judge/mean": 0.5 + place / 16} for place, name in enumerate(names)}
+    shown = {"index": 0, "prompt": HOSTILE, "kind": "image", "seed": 3, "pictures": {name: f"students/0-{name}.png" for name in names}}
+    return {
+        "points": [{"iteration": 20, "critic_error/t0": 0.5, "student_grad_norm": 0.1, "picture_mean": 0.4}],
+        "comparison": {"judge": judge, "share_of_teacher": 0.9512, "p": {"teacher_few": 0.25, "teacher_as_dear": 0.0001}},
+        "sampler": {"steps": 4, "shift_mu": [0.5, 0.9]},
+        "teacher": {"steps": 40, "evaluations_a_step": 2, "steps_as_dear": 2},
+        "shown": [shown],
+    }
+
+
+def enhancement() -> dict[str, dict[str, Any]]:
+    """What an aligned Prompt Enhancer tells of itself, and its card."""
+    ways = ("own", "supervised", "aligned")
+    figures = {way: {"judge/mean": 0.5 + place / 8} for place, way in enumerate(ways)}
+    comparison = {"judge": figures, "rewards": {way: {HOSTILE: 0.25} for way in ways}}
+    shown = {"request": HOSTILE, "prompt": f"fine {HOSTILE}", "thoughts": [], "seed": 1}
+    shown |= {"pictures": {way: f"requests/0-{way}.png" for way in ways}}
+    card = {"valid_json": 0.9934, "num": 128, "quoted_kept": 1.0, "restored": 0.8765, "examples": [{"request": HOSTILE, "prompt": "fine"}]}
+    return {"enhancement.json": {"points": [], "comparison": comparison, "shown": [shown]}, "enhancer_card.json": card}
+
+
+def publish(tmp_path: Path, output: Path, *, aligned: bool = False, student: bool = False, enhancer: str = "") -> None:
     inputs = {}
     given = documents()
+    drawn: dict[str, dict[str, Any]] = {}
     if aligned:
-        given["model"]["alignment.json"] = alignment()
-        for place in alignment()["shown"][0]["pictures"].values():
-            path = tmp_path / "inputs/model" / place
+        drawn["model"] = given["model"]["alignment.json"] = alignment()
+    if student:
+        drawn["student"] = distillation()
+        given["student"] = {"distillation.json": distillation()}
+    if enhancer:
+        given["enhancer"] = enhancement()
+        drawn["enhancer"] = given["enhancer"]["enhancement.json"]
+        if enhancer == "supervised":
+            del given["enhancer"]["enhancement.json"], drawn["enhancer"]
+    for name, document in drawn.items():
+        for place in document["shown"][0]["pictures"].values():
+            path = tmp_path / "inputs" / name / place
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png(77))
     for name, files in given.items():
@@ -167,6 +202,33 @@ def test_an_aligned_model_shows_what_alignment_changed(workspace, tmp_path):
     ):
         assert words in page, words
     assert HOSTILE not in page
+
+
+def test_a_student_is_shown_beside_its_teacher(workspace, tmp_path):
+    run_of(workspace, [("publish_report", None, "done")])
+    publish(tmp_path, workspace.storage.local_path(f"publish_report/{KEY}"), student=True)
+    write_report("r", workspace)
+    page, report = read(workspace)
+    assert report["images"][-1] == f"publish_report/{KEY}/students/0-student.png"
+    assert report["metrics"]["student/judge/mean"] == 0.6875
+    for words in ("In 4 steps", "the teacher asks 80 times", "95 %", "p = 0.2500", "0.0001 at the same cost", "gradient norm", "0.688"):
+        assert words in page, words
+    assert HOSTILE not in page
+
+
+def test_an_enhancer_is_shown_by_what_its_prompts_draw_or_by_its_prompts(workspace, tmp_path):
+    run_of(workspace, [("publish_report", None, "done")])
+    publish(tmp_path, workspace.storage.local_path(f"publish_report/{KEY}"), enhancer="aligned")
+    write_report("r", workspace)
+    page, report = read(workspace)
+    assert report["images"][-1] == f"publish_report/{KEY}/requests/0-aligned.png"
+    for words in ("99 % of 128 held-out requests", "88 %", "0.750", "fine &lt;script&gt;"):
+        assert words in page, words
+    assert HOSTILE not in page
+    publish(tmp_path / "supervised", tmp_path / "alone", enhancer="supervised")
+    page = (tmp_path / "alone/report.html").read_text()
+    assert "<td>fine</td>" in page
+    assert "aligned</th>" not in page
 
 
 def test_a_failed_run_says_what_failed_and_why(workspace):
