@@ -23,7 +23,7 @@ from model_core.models.vae import ResidualVAE
 from model_core.objectives.distillation import distillation_loss, matching_gradient, split_real
 from model_core.objectives.flow import flow_loss, interpolate, shift_mu, shift_time, velocity_target
 from model_core.objectives.guidance import guide
-from model_core.recipe import DMD, CompressionRatio, Sampling
+from model_core.recipe import DMD, CompressionRatio, Sampling, Teacher
 from model_core.sampling.conditions import Conditions, join, sampling_velocity, velocity
 from model_core.sampling.few_step import FewStep, clean_prediction, renoise
 from model_core.training.distributed import Ranks, sum_gradients, sum_over_ranks
@@ -191,7 +191,7 @@ def simulate(distiller: Distiller, student: MMDiT, chunk: DistillationChunk, dra
 
 
 def _predictions(
-    distiller: Distiller, critic: MMDiT, chunk: DistillationChunk, clean: Tensor, draws: Draws, *, weights: Mapping[str, float]
+    distiller: Distiller, critic: MMDiT, chunk: DistillationChunk, clean: Tensor, draws: Draws, *, weights: Mapping[Teacher, float]
 ) -> tuple[Tensor, Tensor]:
     """The fake and the real clean prediction, fp64, of the student's pictures noised to drawn times."""
     config = distiller.config
@@ -209,7 +209,7 @@ def _predictions(
 
 
 def _real(
-    distiller: Distiller, chunk: DistillationChunk, x: Tensor, t: Tensor, weights: Mapping[str, float], *, guided: bool = True
+    distiller: Distiller, chunk: DistillationChunk, x: Tensor, t: Tensor, weights: Mapping[Teacher, float], *, guided: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Clean predictions by the teachers' weighted velocities: the conditional one, and the guided one (the same without guidance)."""
     unconditional = chunk.unconditional if guided else None
