@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from model_core.recipe_data import Count, NonNegative, PositiveFloat, Section, Share
+from model_core.recipe_data import Count, Guard, NonNegative, PositiveFloat, Section, Share
 
 # R1 3.3: what a fine caption loses on its way to a short request.
 Degradation = Literal["style", "colloquial", "lighting", "texture", "layout", "background", "subject"]
@@ -38,6 +38,8 @@ class Enhancer(Section):
     weight_decay: NonNegativeFloat = 0.01
     betas: tuple[Share, Share] = (0.9, 0.98)
     grad_clip: PositiveFloat = 1.0
+    # The loss falls to hundredths, where one odd example is many times the median.
+    guard: Guard = Guard(spike_deviations=30.0, spike_floor=10.0)
     max_new_tokens: Count = 512  # of an answer, thoughts included
     num_checked: Count = 128  # held-out requests that are answered at the end
     log_every_steps: Count = 20

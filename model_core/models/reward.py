@@ -220,7 +220,7 @@ def tiny_reward(config: RewardTrunk, prompts: Iterable[str], *, dimension: Dimen
         image_px=config.image_px,
     )
     trunk = tiny_qwen3_vl(config, num_tokens=len(tokenizer), seed=seed, vision=vision)
-    relate_signs(trunk, tokenizer, seed=seed)
+    relate_signs(trunk.model.language_model.embed_tokens.weight, tokenizer, seed=seed)
     return RewardModel(trunk, tokenizer, dimension=dimension, image_px=config.image_px)
 
 

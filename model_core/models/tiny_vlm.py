@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from model_core.data.keys import keyed_generator
@@ -118,13 +118,12 @@ def tiny_qwen3_vl(
 
 
 @torch.no_grad()
-def relate_signs(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
-    """Makes capital letters akin to one another, and digits: each sign's embedding becomes (its own + its kind's) / sqrt 2.
+def relate_signs(embeddings: Tensor, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> None:
+    """Makes capital letters akin to one another, and digits: each sign's embedding, of (V, dim), becomes (its own + its kind's) / sqrt 2.
 
     In a trained model they are akin. Among random embeddings nothing tells that A and B are both letters, and a transformer
     would have to learn for each sign by itself where to look for it.
     """
-    embeddings = model.model.language_model.embed_tokens.weight
     for name, signs in (("capital letters", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"), ("digits", "0123456789")):
         kind = torch.from_numpy(keyed_generator(seed, "signs", name).standard_normal(embeddings.shape[1], dtype=np.float32))
         ids = [tokenizer.convert_tokens_to_ids(sign) for sign in signs]

@@ -36,7 +36,7 @@ def run(context: StepContext) -> dict[str, Any]:
         chats = [system_turn(config.system_prompt) + turn for turn in _turns(context)]
         tokenizer = train_tokenizer(chats, vocab_size=config.vocab_size)
         model = tiny_qwen3_vl(config, num_tokens=len(tokenizer), seed=context.recipe.seed)
-        relate_signs(model, tokenizer, seed=context.recipe.seed)
+        relate_signs(model.model.language_model.embed_tokens.weight, tokenizer, seed=context.recipe.seed)
         encoder = ConditionEncoder(model, tokenizer, **settings)
     save_encoder(encoder, context.output / "encoder")
     return {

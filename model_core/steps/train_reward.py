@@ -79,7 +79,7 @@ def run(context: StepContext) -> dict[str, Any]:
                 optimizer.clear()
                 context.say(guard.newest)
             if verdict == "roll back":
-                roll_back(context.checkpoints, stateful, curves)
+                roll_back(context.checkpoints, stateful, curves, field="reward.lr")
             if (done % config.log_every_steps == 0 or done == config.steps) and curves.count:
                 point = curves.close(done)
                 context.log({f"train/{name}": value for name, value in point.items() if name != "step"}, step=done)
@@ -139,11 +139,11 @@ def losses(model: RewardModel, pairs: Sequence[Pair], config: Reward) -> tuple[T
     return parts @ parts.new_tensor([config.pairwise_weight, config.pointwise_weight, config.caption_weight]), parts.detach()
 
 
-def roll_back(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], curves: Curves) -> None:
-    """Gives weights and moments back what the newest checkpoint holds; curves and data go on."""
+def roll_back(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], curves: Curves, *, field: str) -> None:
+    """Gives weights and moments back what the newest checkpoint holds; curves and data go on. `field` is the learning rate's."""
     drawn = copy.deepcopy(curves.state_dict())  # restoring writes into the tensors that are there
     if checkpoints.restore(parts) is None:
-        raise TrainingDiverged("there is no checkpoint to go back to yet; a lower reward.lr or a longer warm-up may help")
+        raise TrainingDiverged(f"there is no checkpoint to go back to yet; a lower {field} or a longer warm-up may help")
     curves.load_state_dict(drawn)
 
 

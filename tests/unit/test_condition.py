@@ -145,7 +145,7 @@ def test_words_that_differ_have_states_that_differ_and_nothing_is_trained():
 
 def test_letters_are_made_akin_to_letters_and_digits_to_digits_and_nothing_else_is_touched():
     plain, related = encoder(), encoder()
-    relate_signs(related.model, related.tokenizer, seed=0)
+    relate_signs(related.model.model.language_model.embed_tokens.weight, related.tokenizer, seed=0)
     before, after = (one.model.model.language_model.embed_tokens.weight for one in (plain, related))
     letters, digits = (related.tokenizer.convert_tokens_to_ids(list(signs)) for signs in ("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"))
     unit = torch.nn.functional.normalize(after, dim=-1)
