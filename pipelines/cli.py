@@ -114,13 +114,19 @@ def compile(
     typer.echo(f"wrote {output}")
 
 
-@app.command(epilog='Example: darkroom sample demo-20261121-093000 "a red circle on the left with the text A7" --seed 1 --student --enhance')
+@app.command(
+    epilog='Example: darkroom sample demo-20261121-093000 "a red circle on the left with the text A7" --seed 1 --student --enhance'
+)
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's name, or path or uri of a manifest.json or its folder.")],
-    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw, or with --image how to change it.")] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw, or with --image how to change it.")
+    ] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", metavar="FILE", help='A request a line: a prompt, or JSON as {"prompt": .., "images": [], "seed", "size", "out"}.'),
+        typer.Option(
+            "--file", metavar="FILE", help='A request a line: a prompt, or JSON as {"prompt": .., "images": [], "seed", "size", "out"}.'
+        ),
     ] = None,
     images: Annotated[list[Path] | None, typer.Option("--image", help="A picture to edit, or to take from; may be repeated.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same picture.")] = 0,

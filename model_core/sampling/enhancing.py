@@ -22,6 +22,5 @@ def enhance(enhancer: PromptEnhancer, requests: Sequence[str], *, num_images: Se
         batch = slice(first, first + BATCH_REQUESTS)
         answers += enhancer.generate(requests[batch], num_images=num_images[batch], max_new_tokens=MAX_NEW_TOKENS)
     return [
-        enhanced_or_own(request, enhancer.text(answer), count)
-        for request, answer, count in zip(requests, answers, num_images, strict=True)
+        enhanced_or_own(request, enhancer.text(answer), count) for request, answer, count in zip(requests, answers, num_images, strict=True)
     ]
