@@ -115,13 +115,27 @@ def compile(
     typer.echo(f"wrote {output}")
 
 
-@app.command(epilog='Example: darkroom sample demo-20261121-093000 "a red circle on the left with the text A7" --seed 1')
+@app.command(
+    epilog='Example: darkroom sample demo-20261121-093000 "a red circle on the left with the text A7" --seed 1 --student --enhance'
+)
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's name, or path or uri of a manifest.json or its folder.")],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw, or with --image how to change it.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="What to draw, or with --image how to change it.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", metavar="FILE", help='A request a line: a prompt, or JSON as {"prompt": .., "images": [], "seed", "size", "out"}.'
+        ),
+    ] = None,
     images: Annotated[list[Path] | None, typer.Option("--image", help="A picture to edit, or to take from; may be repeated.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Same seed, same picture.")] = 0,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps of the sampler; the recipe's when not given.")] = None,
+    student: Annotated[bool, typer.Option("--student", help="Draws with the few-step student.")] = False,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Steps of the sampler; the recipe's when not given. A student has its own alone.")
+    ] = None,
+    enhance: Annotated[bool, typer.Option("--enhance", help="Rewrites each prompt with the model's Prompt Enhancer first.")] = False,
     size: Annotated[
         str | None,
         typer.Option(
@@ -130,14 +144,27 @@ def sample(
     ] = None,
     output: Annotated[Path, typer.Option("--out", "-o", help="The PNG file; several prompts get numbered ones.")] = Path("sample.png"),
     site: SiteName = DEFAULT_SITE,
-    as_json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Shows what would be drawn, and stops.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Prints a line of JSON a picture, for a script.")] = False,
 ) -> None:
-    """Draws pictures with a trained model: a PNG for each prompt, the same bytes for the same seed."""
+    """Draws pictures with a trained model: a PNG for each prompt, which says how it was drawn; the same command, the same bytes."""
     where = find_site(site)
-    from pipelines.sample import draw
+    from pipelines.picture_requests import defaults, read_requests, requests_of
 
-    written = draw(where, model, prompts, images=images or [], seed=seed, steps=steps, size=size, output=output)
-    _show([str(path) for path in written] if as_json else "\n".join(f"wrote {path}" for path in written))
+    if bool(prompts) == (file is not None):
+        raise UserError(f"sample: found {'both prompts and' if prompts else 'neither a prompt nor'} --file; allowed is one of them")
+    given = defaults(seed=seed, size=size, images=images or [], output=output)
+    requests = requests_of(prompts or [], given) if file is None else read_requests(file, given)
+    from pipelines.sample import draw, find_model, plan
+
+    published = find_model(where, model, student=student, steps=steps, enhance=enhance)
+    drawn = (
+        plan(published, requests, enhance=enhance)
+        if dry_run
+        else draw(published, requests, enhance=enhance, say=lambda line: typer.echo(line, err=True))
+    )
+    for picture in drawn:
+        typer.echo(json.dumps(picture.to_json(), ensure_ascii=False) if as_json else picture.to_text(would=dry_run))
 
 
 @app.command(epilog="Example: darkroom export demo-20261121-093000 my-model --parts transformer,scheduler")

@@ -12,9 +12,11 @@ import torch
 from model_core.evaluation.drawing import Painter
 from model_core.manifest import Code
 from model_core.models.condition import save_encoder
+from model_core.models.enhancer import PromptEnhancer, save_enhancer
 from model_core.models.mmdit import MMDiT, save_mmdit
 from model_core.models.vae import ResidualVAE, save_vae
 from model_core.recipe import MMDiTModel, Sampling, VAEModel
+from model_core.sampling.few_step import FewStep, save_sampler
 from model_core.site import Site
 from model_core.steps.registry import STEPS
 from model_core.workspace import Address, StepResult, Workspace
@@ -72,7 +74,7 @@ def painter(
     return Painter(transformer.eval(), autoencoder.eval(), encoder(system_prompt=system_prompt, sees_images=sees_images), sampling)
 
 
-def publish(site: Site, model: Painter) -> str:
+def publish(site: Site, model: Painter, *, student: tuple[MMDiT, FewStep] | None = None, enhancer: PromptEnhancer | None = None) -> str:
     """Writes the parts and their registration into the site's workspace; returns the folder by which the model is named."""
     parts = {
         name: _commit(site, step, stage, save)
@@ -82,6 +84,15 @@ def publish(site: Site, model: Painter) -> str:
             ("encoder", "prepare_encoder", None, lambda folder: save_encoder(model.encoder, folder / "encoder")),
         )
     }
+    if student is not None:
+
+        def save_student(folder: Path) -> None:
+            save_mmdit(student[0], folder / "mmdit")
+            save_sampler(student[1], folder / "mmdit")
+
+        parts["student"] = _commit(site, "distill_dmd", None, save_student)
+    if enhancer is not None:
+        parts["enhancer"] = _commit(site, "train_enhancer", None, lambda folder: save_enhancer(enhancer, folder / "enhancer"))
     document = {"parts": parts, "sampling": model.sampling.model_dump(mode="json"), "resolution_px": 64}
     _commit(site, "register_model", None, lambda folder: (folder / "model.json").write_text(json.dumps(document)))
     return str(Path(site.workspace) / "register_model" / KEY)

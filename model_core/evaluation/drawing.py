@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,10 +69,18 @@ class Request:
 
 def draw(painter: Painter, requests: Sequence[Request], *, on_drawn: Callable[[int], None]) -> list[Image.Image]:
     """One picture a request, in their order; `on_drawn` hears how many a finished batch held."""
+    drawn: dict[int, Image.Image] = {}
+    for batch in draw_batches(painter, requests):
+        drawn |= batch
+        on_drawn(len(batch))
+    return [drawn[index] for index in range(len(requests))]
+
+
+def draw_batches(painter: Painter, requests: Sequence[Request]) -> Iterator[dict[int, Image.Image]]:
+    """The pictures by their request's place, a finished batch at a time."""
     groups: dict[tuple[tuple[int, int], int], list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         groups[request.size_px, len(request.references)].append(index)
-    drawn: dict[int, Image.Image] = {}
     for (size_px, num_references), members in groups.items():
         batch_size = max(1, BATCH_PIXELS // (size_px[0] * size_px[1]))
         for first in range(0, len(members), batch_size):
@@ -91,9 +99,7 @@ def draw(painter: Painter, requests: Sequence[Request], *, on_drawn: Callable[[i
                 sampling=painter.sampling,
                 references=references,
             )
-            drawn |= {index: tensor_image(picture) for index, picture in zip(chosen, pictures, strict=True)}
-            on_drawn(len(chosen))
-    return [drawn[index] for index in range(len(requests))]
+            yield {index: tensor_image(picture) for index, picture in zip(chosen, pictures, strict=True)}
 
 
 @torch.inference_mode()

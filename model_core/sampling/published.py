@@ -1,4 +1,4 @@
-"""Pictures from a published model: found by run, manifest or folder, proved by digest, loaded and sampled."""
+"""A published model to draw with: found by run, manifest or folder, proved by digest, loaded."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from dataclasses import dataclass, replace
 from PIL import Image
 
 from model_core.data.buckets import bucket
+from model_core.data.enhanced_prompt import EnhancedPrompt
 from model_core.documents import UserError
-from model_core.evaluation.drawing import Painter, Request, draw, open_painter
+from model_core.evaluation.drawing import Painter, open_painter
 from model_core.models.condition import multiple_px, sees_images
+from model_core.models.enhancer import PromptEnhancer, load_enhancer
 from model_core.recipe import Sampling
 from model_core.results import find_result
+from model_core.sampling.few_step import FILE_NAME, FewStep, load_sampler
 from model_core.site import Site
+from model_core.training.distributed import compute_device
 from model_core.workspace import Address, InputFolder, Workspace
 
 STEP = "register_model"
@@ -21,52 +25,82 @@ STEP = "register_model"
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """The parts of a model, not loaded yet, how it is sampled, and the side of the pictures that it was last trained on."""
+    """The parts of a model, not loaded yet, how it is sampled, and the side of the pictures that it was last trained on.
 
+    `name` is what it was asked for by; `transformer` is the part that draws, "mmdit" or "student".
+    """
+
+    name: str
     parts: Mapping[str, InputFolder]
-    sampling: Sampling
+    sampling: Sampling | FewStep
     resolution_px: int
+    transformer: str = "mmdit"
+
+    @property
+    def digest(self) -> str:
+        """The content digest of the weights that draw."""
+        return self.parts[self.transformer].manifest.content_digest
 
     @property
     def multiple_px(self) -> int:
         """What the sides of its pictures must be multiples of."""
         return multiple_px(sees_images=sees_images(self.parts["encoder"]))
 
+    def student(self) -> PublishedModel:
+        """The same model drawn by its few-step student; raises UserError where none was registered."""
+        if "student" not in self.parts:
+            raise UserError(f"model {self.name}: it has no few-step student; allowed is a model of a recipe that distils one (dmd)")
+        sampler = load_sampler(self.parts["student"].path(f"mmdit/{FILE_NAME}").parent)
+        assert sampler is not None, "its manifest holds the sampler"
+        return replace(self, sampling=sampler, transformer="student")
+
+    def with_steps(self, steps: int) -> PublishedModel:
+        """The same model sampled in so many steps; raises UserError where a student has others, which it was distilled for."""
+        if isinstance(self.sampling, Sampling):
+            return replace(self, sampling=self.sampling.model_copy(update={"steps": steps}))
+        if steps != self.sampling.steps:
+            raise UserError(f"model {self.name}: found {steps} steps; allowed for its student are {self.sampling.steps}, its own grid")
+        return self
+
+    def size_px(
+        self, asked: tuple[int, int] | None, references: Sequence[Image.Image], *, enhanced: EnhancedPrompt | None = None
+    ) -> tuple[int, int]:
+        """(height, width) of a picture: the size that was asked for, else the model's resolution in the shape that fits.
+
+        That is the enhanced prompt's, where there is one; else the last reference's, or a square. Raises UserError for a size that
+        the model cannot draw.
+        """
+        if asked is not None:
+            if any(side % self.multiple_px for side in asked):
+                height, width = asked
+                raise UserError(f"model {self.name}: found size {width}x{height}; allowed are multiples of {self.multiple_px} pixels")
+            return asked
+        width, height = references[-1].size if references else (1, 1)
+        if enhanced is not None and not enhanced.fallback:
+            if enhanced.follow_image is not None:
+                width, height = references[enhanced.follow_image - 1].size
+            elif enhanced.aspect_ratio is not None:
+                width, height = map(int, enhanced.aspect_ratio.split(":"))
+        return bucket(width, height, self.resolution_px, multiple_px=self.multiple_px)
+
     def load(self) -> Painter:
         """The model, ready to draw."""
         return open_painter(
-            mmdit=self.parts["mmdit"].folder("mmdit"),
+            mmdit=self.parts[self.transformer].folder("mmdit"),
             vae=self.parts["vae"].folder("vae"),
             encoder=self.parts["encoder"].folder("encoder"),
-            sampling=self.sampling,
+            sampling=self.sampling if isinstance(self.sampling, Sampling) else Sampling(),
         )
 
+    def load_enhancer(self) -> PromptEnhancer:
+        """Its Prompt Enhancer, ready to answer; raises UserError as `check_enhancer` does."""
+        self.check_enhancer()
+        return load_enhancer(self.parts["enhancer"].folder("enhancer")).to(compute_device())
 
-def sample_published(
-    site: Site,
-    model: str,
-    prompts: Sequence[str],
-    *,
-    references: Sequence[Image.Image],
-    seed: int,
-    steps: int | None,
-    size_px: tuple[int, int] | None,
-) -> list[Image.Image]:
-    """One picture a prompt, all with the same seed and references. `size_px` is (height, width); None takes the model's
-    resolution, in the aspect ratio of the last reference where there is one. Raises UserError, before any weights are loaded,
-    for a model that is not there or a size that it cannot draw.
-    """
-    published = find_published(site, model)
-    if size_px is None:
-        width, height = references[-1].size if references else (1, 1)
-        size_px = bucket(width, height, published.resolution_px, multiple_px=published.multiple_px)
-    elif any(side % published.multiple_px for side in size_px):
-        height, width = size_px
-        raise UserError(f"model {model}: found size {width}x{height}; allowed are multiples of {published.multiple_px} pixels")
-    if steps is not None:
-        published = replace(published, sampling=published.sampling.model_copy(update={"steps": steps}))
-    requests = [Request(prompt, seed, size_px, references) for prompt in prompts]
-    return draw(published.load(), requests, on_drawn=lambda _: None)
+    def check_enhancer(self) -> None:
+        """Raises UserError where no Prompt Enhancer was registered."""
+        if "enhancer" not in self.parts:
+            raise UserError(f"model {self.name}: it has no Prompt Enhancer; allowed is a model of a recipe that trains one (enhancer)")
 
 
 def find_published(site: Site, model: str) -> PublishedModel:
@@ -88,4 +122,4 @@ def find_published(site: Site, model: str) -> PublishedModel:
             problem = "is missing" if found is None else "is not the one that was registered"
             raise UserError(f"model {model}: its part {name}, {beside.uri}/{part['step']}/{part['key']}, {problem}")
         parts[name] = InputFolder(found, site=site)
-    return PublishedModel(parts, Sampling.model_validate(document["sampling"]), document["resolution_px"])
+    return PublishedModel(model, parts, Sampling.model_validate(document["sampling"]), document["resolution_px"])

@@ -30,7 +30,8 @@ def run(context: StepContext) -> dict[str, Any]:
     present = [part for part in OPTIONAL_PARTS if part in context.inputs]
     if "student" in present:
         scores |= {f"student/{name}": value for name, value in read_student_scores(context.inputs["student"]).items()}
-    parts = {part: reference(context.inputs[name]) for part, name in {**PARTS, **{part: part for part in present}}.items()}
+    named = PARTS | {part: part for part in present}
+    parts = {part: reference(context.inputs[name]) for part, name in named.items()}
     document = {
         "schema": 1,
         "name": registry.name,

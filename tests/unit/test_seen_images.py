@@ -18,7 +18,7 @@ from model_core.evaluation.drawing import Request, draw
 from model_core.manifest import Code
 from model_core.progress import Progress
 from model_core.recipe import Recipe, parse_recipe
-from model_core.sampling.published import find_published, sample_published
+from model_core.sampling.published import find_published
 from model_core.site import Site
 from model_core.steps import evaluate_model, register_model, train_mmdit
 from model_core.steps.registry import STEPS
@@ -128,13 +128,14 @@ def test_what_is_trained_is_evaluated_published_and_sampled_with_pictures(traine
     assert "photo_edit/psnr_gain" in trained.run("evaluation", evaluate_model).read_json("scores.json")
     published = trained.run("registration", register_model).manifest.uri
     reference = Image.new("RGB", (96, 64), "red")
-    arguments: dict[str, Any] = {"seed": 0, "steps": 1}
-    (drawn,) = sample_published(trained.site, published, ["make it blue"], references=[reference], size_px=None, **arguments)
+    model = find_published(trained.site, published)
     assert bucket(96, 64, 64) == (48, 80)  # what an encoder without images would have
-    assert drawn.size == (96, 64)
+    assert model.size_px(None, [reference]) == (64, 96)
     with pytest.raises(UserError, match=r"found size 80x64; allowed are multiples of 32 pixels"):
-        sample_published(trained.site, published, ["a cat"], references=[], size_px=(64, 80), **arguments)
-    painter = find_published(trained.site, published).load()
+        model.size_px((64, 80), [])
+    painter = model.with_steps(1).load()
+    (drawn,) = draw(painter, [Request("make it blue", 0, (64, 96), [reference])], on_drawn=lambda _: None)
+    assert drawn.size == (96, 64)
     torch.nn.init.normal_(painter.mmdit.image_out.weight)  # two steps of training hardly move a pixel
     shown = [[Image.new("RGB", (64, 64), color)] for color in ("red", "red", "blue")]
     pictures = draw(painter, [Request("make it so", 0, (64, 64), images) for images in shown], on_drawn=lambda _: None)
