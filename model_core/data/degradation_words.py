@@ -34,7 +34,9 @@ BLURS: dict[str, dict[str, tuple[str, ...]]] = {
 
 # Keywords by which a clause of a general caption is known to be about an aspect.
 KEYWORDS: dict[str, str] = {
-    "style": r"style|watercolou?r|oil painting|line art|pixel art|anime|cartoon|cinematic|photorealistic|impressionist|minimalist|retro|sketch",
+    "style": (
+        r"style|watercolou?r|oil painting|line art|pixel art|anime|cartoon|cinematic|photorealistic|impressionist|minimalist|retro|sketch"
+    ),
     "lighting": r"light|lights|lighting|lit|sunlight|moonlight|backlit|shadows?|glow|glowing|sunset|golden hour|neon",
     "texture": r"textures?|textured|grainy|glossy|matte|rough|smooth|fabric|wooden grain|brushstrokes?|fur detail|weathered|rusty",
     "layout": (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import pyarrow.parquet as pq
@@ -52,9 +53,7 @@ class Example:
     answer: str
 
 
-def read_fine_prompts(
-    images: Folder, edits: Folder, captions: Folder, *, held_out: bool, seed: int
-) -> dict[Kind, list[FinePrompt]]:
+def read_fine_prompts(images: Folder, edits: Folder, captions: Folder, *, held_out: bool, seed: int) -> dict[Kind, list[FinePrompt]]:
     """Fine prompts by kind, of rows that are held out or of those that are not: at most MAX_SOURCES each, drawn by `seed`."""
     table = pq.read_table(captions.path("captions.parquet"), columns=["sample_id", "general"])
     texts = dict(zip(table["sample_id"].to_pylist(), table["general"].to_pylist(), strict=True))
@@ -96,8 +95,15 @@ def training_example(prompts: Mapping[Kind, Sequence[FinePrompt]], number: int, 
     kind: Kind = "edit" if after > before else "image"
     place = before if kind == "edit" else number - before
     pool = prompts[kind]
-    order = keyed_permutation(len(pool), seed, "enhancer", kind, place // len(pool))
-    return example_of(pool[int(order[place % len(pool)])], config.degradations, seed, "enhancer", kind, place)
+    chosen = pool[_order(len(pool), seed, kind, place // len(pool))[place % len(pool)]]
+    return example_of(chosen, config.degradations, seed, "enhancer", kind, place)
+
+
+@lru_cache(maxsize=4)
+def _order(num: int, seed: int, kind: Kind, epoch: int) -> list[int]:
+    """The order of an epoch; kept, since example after example asks for it."""
+    order: list[int] = keyed_permutation(num, seed, "enhancer", kind, epoch).tolist()
+    return order
 
 
 def _of_picture(row: RawRow, caption: str) -> FinePrompt:

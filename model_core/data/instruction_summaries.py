@@ -19,7 +19,7 @@ SUMMARIES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"change the text (\S+) to (\S+)", ('"{0}" -> "{1}"', 'text "{0}" to "{1}" pls')),
     (r"change the text to (\S+)", ('text -> "{0}"', 'text "{0}" instead')),
     (r"add the text (\S+)", ('add "{0}"', 'put "{0}" there')),
-    (r"write the text (\S+)", ('write "{0}"', '"{0}" written on it')),
+    (r"write the text (\S+)", ('write "{0}"', '"{0}" on it')),
     (r"remove the text (\S+)", ('no "{0}"', '"{0}" away')),
     (r"remove the text", ("no text", "text away")),
     (r"change the background to (.+)", ("background -> {0}", "background to {0} pls")),

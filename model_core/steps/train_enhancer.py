@@ -175,7 +175,9 @@ def _initial_model(config: Enhancer, prompts: Prompts, *, seed: int) -> PromptEn
     """The model at `enhancer.path`, or a tiny one keyed by the seed."""
     if config.path is not None:
         return open_enhancer(Path(config.path).expanduser())
-    examples = [training_example(prompts, number, config, seed=seed) for number in range(TOKENIZER_EXAMPLES)]
+    examples = [
+        training_example(prompts, number, config, seed=seed) for number in range(min(TOKENIZER_EXAMPLES, config.steps * config.batch_size))
+    ]
     return tiny_enhancer(config, [f"{example.request}\n{example.answer}" for example in examples], seed=seed)
 
 
