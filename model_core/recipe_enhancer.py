@@ -15,6 +15,8 @@ from model_core.recipe_data import Count, Guard, NonNegative, PositiveFloat, Sec
 Degradation = Literal["style", "colloquial", "lighting", "texture", "layout", "background", "subject"]
 DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
 
+CONSTRAINTS = "text_constraints"  # the reward of rules that answers keep; all others are of pictures
+
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 
 
@@ -80,4 +82,4 @@ class EnhancerGRPO(Section):
     @property
     def rewards(self) -> tuple[str, ...]:
         """Every reward that is weighted, by name."""
-        return tuple(sorted(name for weights in (self.weights, self.edit_weights) for name, weight in weights.items() if weight))
+        return tuple(sorted({name for weights in (self.weights, self.edit_weights) for name, weight in weights.items() if weight}))

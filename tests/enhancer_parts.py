@@ -26,7 +26,10 @@ TINY = {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 400, "
 IMAGE_ANSWERS = [f'<think>\nx\n</think>\n\n{{"prompt": "a general {word}", "aspect_ratio": "1:1"}}' for word in ("red", "blue")]
 EDIT_ANSWERS = [f'<think>\nx\n</think>\n\n{{"prompt": "a longer {word}", "follow_image": 1}}' for word in ("red", "blue")]
 BROKEN_ANSWERS = ["a general red", "a longer blue"]
-REQUESTS = (("a general 1", "a general 4 please", "draw me a general 0"), ("a red circle with text A7", "longer instruction than other one has", "x"))
+REQUESTS = (
+    ("a general 1", "a general 4 please", "draw me a general 0"),
+    ("a red circle with text A7", "longer instruction than other one has", "x"),
+)
 SETTINGS: dict[str, Any] = {
     "updates": 4,
     "group_size": 4,

@@ -1,7 +1,7 @@
 """Short requests for reinforcement learning: what users type, and beside it what they mean by it.
 
-The data hold fine captions and full instructions, and the short request is made of them, so what is meant is known: the caption is what
-pictures are held against.
+The data hold fine captions and full instructions, and short requests are made of them, so what is meant is known: pictures are held
+against that.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from model_core.data.degradation import degrade, left_open
-from model_core.data.instruction_summaries import summarise
-from model_core.data.keys import keyed_generator, one_of
+from model_core.data.degradation import left_open
+from model_core.data.enhancer_examples import FinePrompt, example_of
 from model_core.data.prompts import PolicyPrompt
-from model_core.data.synthetic import describe, scene_in
+from model_core.data.synthetic import scene_in
 from model_core.recipe_enhancer import Degradation
-
-FULL_WORDINGS = (1, 2)  # of plain scenes: those that name everything
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,7 @@ class ShortRequest:
 
 
 def short_request(prompt: PolicyPrompt, rates: Mapping[Degradation, float], *key: object) -> ShortRequest:
-    """A prompt made short, by draws of `key`: captions are degraded with these rates, instructions summarised.
-
-    A plain scene is first described in full, since many of its captions leave the background open.
-    """
-    generator = keyed_generator(*key, "short request")
-    if prompt.encoded:
-        return ShortRequest(summarise(prompt.prompt, generator)[0], prompt)
-    scene = scene_in(prompt.notes)
-    fine = prompt.prompt if scene is None else describe(scene, one_of(FULL_WORDINGS, generator))
-    degraded = degrade(fine, rates, generator)
-    return ShortRequest(degraded.short, replace(prompt, prompt=fine), left_open(degraded))
+    """A prompt made short, by draws of `key`, as the supervised examples are: a plain scene is first described in full."""
+    scene = None if prompt.encoded else scene_in(prompt.notes)
+    example = example_of(FinePrompt(fine=prompt.prompt, scene=scene, num_images=len(prompt.encoded)), rates, *key, "short request")
+    return ShortRequest(example.request, replace(prompt, prompt=example.fine), left_open(example.degraded))

@@ -1,4 +1,4 @@
-"""What enhancing is worth: short requests drawn as they stand, enhanced by the supervised model, and by the aligned one, with the same seeds."""
+"""What enhancing is worth: requests drawn as they stand, enhanced by the supervised model, and by the aligned one, with equal seeds."""
 
 from __future__ import annotations
 
@@ -113,10 +113,10 @@ def compare_ways(drawn: Mapping[str, Drawn], answers: Mapping[str, Sequence[Cand
 
 def losses(comparison: Mapping[str, Any]) -> list[str]:
     """Warnings: what the aligned model does worse than the supervised one, or than no enhancing at all."""
-    found = []
+    judge, found = comparison["judge"], []
     for before, told in ((SUPERVISED, "with the supervised model"), (OWN, "with the user's own words")):
         pairs = {"reward": (comparison["reward"][before], comparison["reward"][ALIGNED])}
-        pairs |= {name: (value, comparison["judge"][ALIGNED][name]) for name, value in comparison["judge"][before].items() if name in WARNED}
+        pairs |= {name: (judge[before][name], judge[ALIGNED][name]) for name in WARNED if name in judge[before]}
         for name, (was, now) in pairs.items():
             if was is not None and now is not None and now < was:
                 found.append(f"{name} is {now:.4f} with the aligned enhancer, below {was:.4f} {told}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from model_core.documents import UserError
 from model_core.manifest import Manifest
 from model_core.recipe import DIMENSIONS, Recipe, Scenes
+from model_core.recipe_enhancer import CONSTRAINTS
 from model_core.rewards.attribute_check import AttributeCheck
 from model_core.rewards.client import HTTPScorer
 from model_core.rewards.combined import CombinedScorer
@@ -36,20 +37,26 @@ def open_scorer(site: Site, rewards: Sequence[str], *, local: Callable[[], Seque
 
 
 def check_rewards(recipe: Recipe, site: Site) -> None:
-    """Raises UserError for a reward of grpo that nothing gives, or whose package is not installed.
+    """Raises UserError for a reward of grpo or enhancer_grpo that nothing gives, or whose package is not installed.
 
     A service at the site's rewards.uri knows its own.
     """
-    if recipe.grpo is None or site.rewards.uri is not None:
+    if site.rewards.uri is not None:
         return
     known = (*DIMENSIONS, CONSISTENCY, TEXT_ACCURACY, *AttributeCheck.names)
-    unknown = [name for name in recipe.grpo.rewards if name not in known]
-    if unknown:
-        raise UserError(f"recipe {recipe.name}: grpo: found the rewards {', '.join(unknown)}; allowed are {', '.join(known)}")
-    if PORTRAIT in recipe.grpo.rewards:
-        check_face_finder()
-    if TEXT_ACCURACY in recipe.grpo.rewards:
-        check_reader()
+    asked = {
+        "grpo": ((), recipe.grpo.rewards if recipe.grpo else ()),
+        "enhancer_grpo": ((CONSTRAINTS,), recipe.enhancer_grpo.rewards if recipe.enhancer_grpo else ()),
+    }
+    for field, (own, rewards) in asked.items():
+        unknown = [name for name in rewards if name not in (*known, *own)]
+        if unknown:
+            allowed = ", ".join((*own, *known))
+            raise UserError(f"recipe {recipe.name}: {field}: found the rewards {', '.join(unknown)}; allowed are {allowed}")
+        if PORTRAIT in rewards:
+            check_face_finder()
+        if TEXT_ACCURACY in rewards:
+            check_reader()
 
 
 def model_scorers(rewards: Sequence[str], inputs: Mapping[str, InputFolder], *, scenes: Scenes) -> list[Scorer]:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from model_core.context import StepContext
@@ -37,19 +36,20 @@ from model_core.evaluation.enhanced_pictures import (
     fixed_requests,
     losses,
 )
+from model_core.evaluation.enhancer_card import FILE_NAME as CARD
 from model_core.evaluation.judge import Judge
 from model_core.models.enhancer import load_enhancer, save_enhancer
-from model_core.recipe_enhancer import Enhancer, EnhancerGRPO
+from model_core.recipe_enhancer import CONSTRAINTS, Enhancer, EnhancerGRPO
 from model_core.rewards.opening import model_scorers, open_scorer
 from model_core.rewards.verdict import Scorer
 from model_core.training.distributed import compute_device, keep_deterministic
-from model_core.training.enhancer_rollouts import CONSTRAINTS, Candidate
+from model_core.training.enhancer_rollouts import Candidate
 from model_core.training.enhancer_update import EnhancerUpdate, alarms, weights_of
 from model_core.training.guard import TrainingDiverged
 from model_core.training.optim import Optimizer
 from model_core.training.stopping import Stopped, noting_sigterm
 
-CARD, ENHANCEMENT = "enhancer_card.json", "enhancement.json"
+ENHANCEMENT = "enhancement.json"
 NUM_SHOWN = 12
 
 
@@ -192,9 +192,7 @@ class _Alignment:
         reward = f"{point['reward']:.4f}" if "reward" in point else "unknown"
         self.context.show(done, self.config.updates, f"reward {reward}, {point['valid']:.0%} of the answers valid")
 
-    def _pictures(
-        self, requests: Sequence[FixedRequest], answers: Sequence[Candidate], drawn: Mapping[str, Drawn]
-    ) -> list[dict[str, Any]]:
+    def _pictures(self, requests: Sequence[FixedRequest], answers: Sequence[Candidate], drawn: Mapping[str, Drawn]) -> list[dict[str, Any]]:
         """Saves what the report shows: the first requests for pictures, and the first edits, each drawn in all ways."""
         edits = [index for index, each in enumerate(requests) if each.asked.meant.encoded]
         others = [index for index in range(len(requests)) if index not in set(edits)]

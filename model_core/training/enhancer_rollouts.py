@@ -17,10 +17,10 @@ from model_core.data.short_requests import ShortRequest
 from model_core.evaluation.drawing import Painter, Request, draw
 from model_core.models.condition import ConditionEncoder
 from model_core.models.enhancer import PromptEnhancer
+from model_core.recipe_enhancer import CONSTRAINTS
 from model_core.rewards.verdict import Score, Scorer, Value
 from model_core.training.rollouts import score_request
 
-CONSTRAINTS = "text_constraints"  # the reward of rules; all others are of pictures
 NUM_SEEDS = 2**31
 
 
@@ -97,9 +97,7 @@ def draw_prompts(
     All have the request's size, whatever form an answer asks for: pictures of one group must be comparable.
     """
     wanted = list(dict.fromkeys((place, prompt) for place, group in enumerate(prompts) for prompt in group))
-    requests = [
-        Request(prompt, seeds[place], asked[place].meant.size_px, asked[place].meant.sources) for place, prompt in wanted
-    ]
+    requests = [Request(prompt, seeds[place], asked[place].meant.size_px, asked[place].meant.sources) for place, prompt in wanted]
     drawn = dict(zip(wanted, draw(painter, requests, on_drawn=lambda _: None), strict=True))
     return [[drawn[place, prompt] for prompt in group] for place, group in enumerate(prompts)]
 

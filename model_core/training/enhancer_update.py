@@ -18,10 +18,9 @@ from model_core.data.short_requests import ShortRequest
 from model_core.evaluation.drawing import Painter
 from model_core.models.enhancer import PromptEnhancer
 from model_core.objectives.text_policy import text_kl, text_policy_loss
-from model_core.recipe_enhancer import EnhancerGRPO
+from model_core.recipe_enhancer import CONSTRAINTS, EnhancerGRPO
 from model_core.rewards.verdict import Scorer
 from model_core.training.enhancer_rollouts import (
-    CONSTRAINTS,
     Candidate,
     draw_prompts,
     picture_seed,
@@ -157,12 +156,14 @@ def answer_statistics(candidates: Sequence[Candidate]) -> dict[str, float]:
 
 def alarms(points: Sequence[Mapping[str, Any]], *, std_floor: float) -> list[str]:
     """What is wrong with the newest updates, one sentence each: too many in a row without a valid answer, or with flat rewards."""
-    newest = points[-MAX_UPDATES_WITHOUT_SIGNAL:]
+    newest, found = points[-MAX_UPDATES_WITHOUT_SIGNAL:], []
     if len(newest) < MAX_UPDATES_WITHOUT_SIGNAL:
         return []
-    found = []
+    row = f"{len(newest)} updates in a row"
     if all(point["valid"] == 0 for point in newest):
-        found.append(f"no answer of {len(newest)} updates in a row follows the schema; a longer train_enhancer may help")
+        found.append(f"no answer of {row} follows the schema; a longer train_enhancer may help")
     if all(point["spread"] < std_floor for point in newest):
-        found.append(f"the answers to a request are all rewarded alike in {len(newest)} updates in a row; a reward may be constant or invalid")
+        found.append(
+            f"the answers to a request are all rewarded alike in {row}; a reward may be constant or invalid, or all answers the same"
+        )
     return found

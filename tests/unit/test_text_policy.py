@@ -14,9 +14,7 @@ LENGTHS = (1, 4, 9)
 def log_probs(seed: int, *, grad: bool = False) -> list[torch.Tensor]:
     """Log-probabilities of answers of LENGTHS tokens, fp64."""
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (-torch.rand(length, generator=generator, dtype=torch.float64) * 3 - 0.01).requires_grad_(grad) for length in LENGTHS
-    ]
+    return [(-torch.rand(length, generator=generator, dtype=torch.float64) * 3 - 0.01).requires_grad_(grad) for length in LENGTHS]
 
 
 def test_the_ratio_is_exactly_one_where_the_old_policy_is_the_new_one() -> None:
