@@ -89,7 +89,7 @@ class MMDiT(nn.Module):
         time = self._time(t)
         final_scale = self.final_scale(time)
         rows = stream.sample
-        if self.config.condition_at_t0:
+        if self.config.condition_at_t0 and prefix is None:  # with a prefix the stream has targets alone
             time = torch.cat((time, self._time(torch.zeros_like(t[:1]))))
             rows = torch.where(stream.is_target, rows, len(t))
         modulation = self._modulation(time, rows)
@@ -118,8 +118,10 @@ class MMDiT(nn.Module):
 
         x, rotary = self._embed(conditions, text, stream)
         modulation = self._modulation(self._time(text.new_zeros(1)), stream.sample.new_zeros(1))
-        for block in self.blocks:
-            x = block(x, modulation, rotary, stream.plan, keep)
+        nothing = stream.sample.new_zeros(0)
+        for index, block in enumerate(self.blocks):
+            # Of the last block, keys and values alone are asked for.
+            x = block(x, modulation, rotary, stream.plan, keep, nothing if index == len(self.blocks) - 1 else None)
         return kept
 
     def _embed(self, pictures: Tensor, text: Tensor, stream: Stream) -> tuple[Tensor, tuple[Tensor, Tensor]]:
