@@ -38,6 +38,7 @@ from model_core.evaluation.enhanced_pictures import (
 )
 from model_core.evaluation.enhancer_card import FILE_NAME as CARD
 from model_core.evaluation.judge import Judge
+from model_core.evaluation.report import ENHANCEMENT
 from model_core.models.enhancer import load_enhancer, save_enhancer
 from model_core.recipe_enhancer import CONSTRAINTS, Enhancer, EnhancerGRPO
 from model_core.rewards.opening import model_scorers, open_scorer
@@ -49,7 +50,6 @@ from model_core.training.guard import TrainingDiverged
 from model_core.training.optim import Optimizer
 from model_core.training.stopping import Stopped, noting_sigterm
 
-ENHANCEMENT = "enhancement.json"
 NUM_SHOWN = 12
 
 
@@ -196,7 +196,7 @@ class _Alignment:
         """Saves what the report shows: the first requests for pictures, and the first edits, each drawn in all ways."""
         edits = [index for index, each in enumerate(requests) if each.asked.meant.encoded]
         others = [index for index in range(len(requests)) if index not in set(edits)]
-        folder, shown, cells = self.context.output / "pictures", [], []
+        folder, shown, cells = self.context.output / "requests", [], []
         folder.mkdir()
         for index in (*others[: NUM_SHOWN // 2], *edits[: NUM_SHOWN // 2]):
             row = {way: drawn[way].pictures[index] for way in WAYS}
