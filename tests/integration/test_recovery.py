@@ -69,8 +69,8 @@ def test_a_run_killed_in_both_trainings_resumes_to_bitwise_the_same_results(
     disturbed, undisturbed = contents(copy_without_training.workspace), contents(darkroom.workspace)
     for name in disturbed:
         assert disturbed[name] == undisturbed[name], name
-    trained = [name for name in disturbed if name.startswith(("train_", "align_grpo", "register_model"))]
-    assert len(trained) == 3 + len(DIMENSIONS) + 2
+    trained = [name for name in disturbed if name.startswith(("train_", "align_", "distill_dmd", "register_model"))]
+    assert len(trained) == 4 + len(DIMENSIONS) + 2 + 1 + 1
 
 
 @pytest.mark.lab
@@ -90,7 +90,8 @@ def test_training_on_two_ranks_gives_the_losses_of_one(darkroom: Darkroom, first
         shutil.copytree(darkroom.workspace / step, copy_without_training.workspace / step)
     site = {"workspace": "workspace", "launch": {"steps": {"train_mmdit": {"processes": 2}}}}
     (copy_without_training.here / "two.yaml").write_text(yaml.safe_dump(site))
-    copy_without_training("run", "smoke", "--set", "grpo=null", "--name", "two", "--site", "two.yaml")
+    alone = [part for section in ("grpo", "dmd", "enhancer", "enhancer_grpo") for part in ("--set", f"{section}=null")]
+    copy_without_training("run", "smoke", *alone, "--name", "two", "--site", "two.yaml")
     assert json.loads(copy_without_training("verify", "workspace", "--json"))["findings"] == []
     two, one = (trainings(where.workspace) for where in (copy_without_training, darkroom))
     assert {label: stats["ranks"] for label, stats in two.items()} == {"train_vae-None": 1, "train_mmdit-S1": 2, "train_mmdit-S6": 2}
@@ -107,6 +108,7 @@ def test_what_several_processes_cannot_do_is_refused_in_one_sentence(first: dict
     )
     assert done.returncode == 10, done.stderr
     assert (
-        "launch profile of ingest_images: found 2 processes; allowed is 1, only train_vae, train_mmdit, align_grpo take more" in done.stderr
+        "launch profile of ingest_images: found 2 processes; allowed is 1, only train_vae, train_mmdit, align_grpo, distill_dmd take more"
+        in done.stderr
     )
     assert "Traceback" not in done.stderr

@@ -29,7 +29,7 @@ METRICS = {
     "edit/success",
     "edit/consistency",
 }
-NUM_STEPS = 22
+NUM_STEPS = 25
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,20 @@ def test_second_run_has_the_same_keys_and_a_report_of_its_own(
 def test_another_learning_rate_of_the_last_stage_touches_only_what_depends_on_it(darkroom: Darkroom, first: dict[str, Any]) -> None:
     plan = json.loads(darkroom("run", "smoke", "--set", "mmdit.stages.S6.lr=3e-5", "--dry-run", "--json"))
     to_do = {(step["step"], step["stage"]) for step in plan if step["status"] != "reuse"}
-    after = ("build_preferences", "align_grpo", "evaluate_model", "register_model", "publish_report")
+    after = ("build_preferences", "align_grpo", "distill_dmd", "align_enhancer", "evaluate_model", "register_model", "publish_report")
     assert to_do == {("train_mmdit", "S6"), *((step, None) for step in after), *(("train_reward", name) for name in DIMENSIONS)}
 
 
 def test_another_learning_rate_of_grpo_keeps_the_rewards(darkroom: Darkroom, first: dict[str, Any]) -> None:
     plan = json.loads(darkroom("run", "smoke", "--set", "grpo.lr=3e-5", "--dry-run", "--json"))
     to_do = {step["step"] for step in plan if step["status"] != "reuse"}
-    assert to_do == {"align_grpo", "evaluate_model", "register_model", "publish_report"}
+    assert to_do == {"align_grpo", "distill_dmd", "align_enhancer", "evaluate_model", "register_model", "publish_report"}
+
+
+def test_a_longer_distillation_keeps_the_teacher(darkroom: Darkroom, first: dict[str, Any]) -> None:
+    plan = json.loads(darkroom("run", "smoke", "--set", "dmd.iterations=6", "--dry-run", "--json"))
+    to_do = {step["step"] for step in plan if step["status"] != "reuse"}
+    assert to_do == {"distill_dmd", "align_enhancer", "register_model", "publish_report"}
 
 
 def test_rewards_served_beside_the_step_train_the_very_same_model(first: dict[str, Any], workspace: Path, tmp_path: Path) -> None:
