@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
+@lru_cache(maxsize=1)
 def supervised_enhancer(*, steps: int = 100) -> PromptEnhancer:
     """An enhancer that answers any request, half of the time with what breaks the schema."""
     model = tiny_enhancer(CONFIG, [*IMAGE_ANSWERS, *EDIT_ANSWERS, *BROKEN_ANSWERS], seed=0)

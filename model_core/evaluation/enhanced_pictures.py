@@ -98,7 +98,7 @@ def compare_ways(drawn: Mapping[str, Drawn], answers: Mapping[str, Sequence[Cand
     """What rose and what fell, in JSON values.
 
     `p` is that of a paired sign-flip test of the aligned model's mean reward being above the supervised one's. `valid` is the share of
-    answers in format, `kept` the share that break no rule.
+    answers that follow the schema, `kept` the share that break no rule.
     """
     gain = drawn[ALIGNED].totals - drawn[SUPERVISED].totals
     return {

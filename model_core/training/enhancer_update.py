@@ -33,6 +33,7 @@ from model_core.training.optim import Optimizer
 from model_core.training.tally import DEFAULT, Tally, Weights, make_tally
 
 MEASURED = ("loss", "ratio", "at_upper", "at_lower", "kl")
+ROUNDING = 1e-9  # advantages below it come of the mean of equal rewards alone
 MAX_UPDATES_WITHOUT_SIGNAL = 5  # in a row (ours)
 
 
@@ -89,7 +90,7 @@ class EnhancerUpdate:
         totals, counted = tally.totals(weights)
         advantages = tally.advantages(weights, std_floor=config.std_floor)
         # A group whose answers are all as good as each other says nothing of how to answer.
-        kept = counted & (advantages != 0).any(1, keepdim=True)
+        kept = counted & (advantages.abs() > ROUNDING).any(1, keepdim=True)
         learned = self._learn(asked, groups, advantages.float(), kept, optimizer, update)
         measured = {"reward": totals[counted].mean().item(), "spread": tally.spread(weights), "kept_share": kept.double().mean().item()}
         measured["distinct"] = sum(len({each.drawn for each in group}) for group in groups) / kept.numel()

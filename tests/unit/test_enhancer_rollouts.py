@@ -12,7 +12,8 @@ from model_core.data.prompts import PolicyPrompt
 from model_core.data.short_requests import ShortRequest, short_request
 from model_core.data.synthetic import Scene, asked_in
 from model_core.evaluation.drawing import Painter, open_painter
-from model_core.evaluation.enhanced_pictures import fixed_requests, losses
+from model_core.evaluation.enhanced_pictures import draw_requests, fixed_requests, losses
+from model_core.evaluation.judge import Judge
 from model_core.models.enhancer import PromptEnhancer, load_enhancer
 from model_core.recipe import Sampling, parse_recipe
 from model_core.recipe_enhancer import DEGRADATIONS
@@ -132,6 +133,22 @@ def test_the_judge_looks_only_for_what_a_request_tells() -> None:
     without = fixed_requests(recipe, {"background": 1.0}, pools, num=20, size_px=(64, 64))
     told = {("background" in each.fixed.asked, "background" in each.asked.left_open) for each in without}
     assert told == {(True, False), (False, True)}
+
+
+def test_scenes_and_edits_are_drawn_in_each_way_and_read_by_the_judge(painter: Painter) -> None:
+    recipe = parse_recipe(RECIPE | {"enhancer_grpo": SETTINGS}, "recipe")
+    scene = Scene("red", "circle", "left", "white", "A7")
+    pools = {"image": [prompt("a red circle on the left", scene)], "edit": [prompt("any edit")]}
+    requests = fixed_requests(recipe, RATES, pools, num=2, size_px=(64, 64))
+    assert [len(each.asked.meant.encoded) > 0 for each in requests] == [False, False, True, True]
+    prompts = {way: [each.asked.request for each in requests] for way in ("own", "aligned")}
+    prompts["meant"] = [each.asked.meant.prompt for each in requests]
+    scorer = Keeps()
+    drawn = draw_requests(painter, requests, prompts, scorer, {"default": {"brightness": 1.0}}, Judge(recipe.data.scenes), key="k")
+    assert [one.tobytes() for one in drawn["own"].pictures] == [one.tobytes() for one in drawn["aligned"].pictures]
+    assert [one.tobytes() for one in drawn["own"].pictures] != [one.tobytes() for one in drawn["meant"].pictures]
+    assert {request.prompt for request in scorer.asked} == {each.asked.meant.prompt for each in requests}
+    assert all({"judge/mean", "edit/success"} <= {*each.judge} for each in drawn.values())
 
 
 def test_what_fell_is_told() -> None:
