@@ -54,7 +54,7 @@ golden: $(READY) ## writes the golden files anew; review the diff
 	DARKROOM_REFRESH_GOLDEN=1 $(PYTHON) -m pytest tests/unit/test_compile.py -q
 
 bench: $(READY) ## measurements of this machine, into benchmarks/results
-	for name in training_steps data checkpoint vae mmdit alignment; do \
+	for name in training_steps data checkpoint vae mmdit alignment few_step; do \
 	  $(PYTHON) -m benchmarks.$$name | tee benchmarks/results/$$(date -I)-$$(echo $$name | tr _ -).jsonl; test $${PIPESTATUS[0]} = 0 || exit 1; done
 
 images: ## the training image; BASE_IMAGE, IMAGE and IMAGE_BUILDER choose
