@@ -163,7 +163,7 @@ def _degrade_clauses(caption: str, rates: Mapping[Degradation, float], generator
     quotes = [match[0] for match in QUOTED.finditer(caption)]
     short, steps = QUOTED.sub(_HIDDEN, caption), []
     for aspect in ("style", "lighting", "texture", "layout", "background"):
-        clause = _clause(short, aspect) if generator.random() < rates[aspect] else None  # type: ignore[index]
+        clause = _clause(short, aspect) if generator.random() < rates[aspect] else None
         if clause is not None:
             begin, end = clause
             vague = one_of(VAGUE[aspect], generator) if generator.random() < 0.5 else ""

@@ -12,7 +12,7 @@ from model_core.data.enhancer_examples import Example
 
 FILE_NAME = "enhancer_card.json"
 NUM_SHOWN = 12  # examples in the card, of each kind
-FEW_RESTORED, FEW_KEPT, FEW_VALID = 0.8, 0.99, 0.99  # shares below which the report warns
+LEAST = {"restored": 0.8, "quoted_kept": 0.99, "valid_json": 0.99}  # shares below which the report warns
 
 
 def enhancer_card(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:
@@ -26,9 +26,11 @@ def enhancer_card(examples: Sequence[Example], answers: Sequence[str]) -> dict[s
 def warnings_of(card: dict[str, Any]) -> list[str]:
     """What a reader of the report is to know: figures that are low."""
     told = []
-    for name, least in (("restored", FEW_RESTORED), ("quoted_kept", FEW_KEPT), ("valid_json", FEW_VALID)):
-        if card[name] is not None and card[name] < least:
-            told.append(f"prompt enhancer: {name} is {card[name]:.3f} on {card['num']} held-out requests, below {least}")
+    for what, figures in (("requests", card), ("edits", card["edits"])):
+        for name, least in LEAST.items():
+            value = figures.get(name)
+            if value is not None and value < least:
+                told.append(f"prompt enhancer: {name} is {value:.3f} on {figures['num']} held-out {what}, below {least}")
     return told
 
 

@@ -57,8 +57,7 @@ class PromptEnhancer(nn.Module):
 
     def text(self, ids: Sequence[int]) -> str:
         """What an answer says, without the marks of the chat."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     @torch.no_grad()
     def generate(
