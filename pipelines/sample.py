@@ -18,6 +18,7 @@ from model_core.site import Site
 from pipelines.picture_requests import PictureRequest
 
 if TYPE_CHECKING:
+    from model_core.evaluation.drawing import Painter
     from model_core.sampling.published import PublishedModel
 
 Say = Callable[[str], object]
@@ -105,14 +106,15 @@ def draw(published: PublishedModel, requests: Sequence[PictureRequest], *, enhan
     from model_core.training.distributed import compute_device, keep_deterministic
 
     keep_deterministic(compute_device())
+    painter = published.load()
     if enhance:
-        pictures = _enhanced(published, requests, pictures, say)
+        pictures = _enhanced(published, painter, requests, pictures, say)
     wanted = [
         Request(picture.enhanced or picture.prompt, request.seed, _height_width(picture), request.references)
         for request, picture in zip(requests, pictures, strict=True)
     ]
     num_drawn = 0
-    for batch in draw_batches(published.load(), wanted):
+    for batch in draw_batches(painter, wanted):
         for index, image in batch.items():
             write_png(image, pictures[index])
             yield pictures[index]
@@ -121,13 +123,15 @@ def draw(published: PublishedModel, requests: Sequence[PictureRequest], *, enhan
             say(f"{num_drawn}/{len(requests)} pictures")
 
 
-def _enhanced(published: PublishedModel, requests: Sequence[PictureRequest], pictures: Sequence[Picture], say: Say) -> list[Picture]:
+def _enhanced(
+    published: PublishedModel, painter: Painter, requests: Sequence[PictureRequest], pictures: Sequence[Picture], say: Say
+) -> list[Picture]:
     """The pictures with the enhancer's prompts, and the sizes and samplers that follow from them."""
     from model_core.sampling.enhancing import enhance
 
     texts, num_images = [request.prompt for request in requests], [len(request.references) for request in requests]
     changed = []
-    answers = enhance(published.load_enhancer(), texts, num_images=num_images)
+    answers = enhance(published.load_enhancer(), texts, num_images=num_images, reads=painter.encoder.reads)
     for request, picture, answer in zip(requests, pictures, answers, strict=True):
         if answer.fallback:
             say(f"note: {request.prompt!r} is drawn in its own words, since the enhancer's answer is not valid: {answer.fallback}")

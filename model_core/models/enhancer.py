@@ -43,7 +43,8 @@ class PromptEnhancer(nn.Module):
         Raises UserError for a request that holds a mark of the chat.
         """
         request_ids = self._token_ids(request)
-        found = [token for token in request_ids if token in self.tokenizer.all_special_ids]
+        marks = set(self.tokenizer.get_added_vocab().values())
+        found = [token for token in request_ids if token in marks]
         if found:
             mark = self.tokenizer.convert_ids_to_tokens(found[0])
             raise UserError(f"prompt: found the chat's mark {mark} in {request[:60]!r}; allowed is text without it")

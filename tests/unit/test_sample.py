@@ -290,9 +290,16 @@ def test_many_requests_are_enhanced_in_batches_and_keep_their_order(monkeypatch:
     monkeypatch.setattr(enhancing, "BATCH_REQUESTS", 2)
     requests = [f"circle {number}" for number in range(5)]
     stub = Answers(*(f'<think>\n</think>\n\n{{"prompt": "a red circle {number}", "aspect_ratio": "1:1"}}' for number in range(5)))
-    found = enhancing.enhance(stub, requests, num_images=[0] * 5)  # type: ignore[arg-type]
+    found = enhancing.enhance(stub, requests, num_images=[0] * 5, reads=lambda _: True)  # type: ignore[arg-type]
     assert [each.prompt for each in found] == [f"a red circle {number}" for number in range(5)]
     assert [request for request, _ in stub.asked] == requests
+
+
+def test_a_prompt_that_the_generator_cannot_read_is_drawn_in_the_users_own_words() -> None:
+    stub = Answers('<think>\n</think>\n\n{"prompt": "a red circle", "aspect_ratio": "1:1"}')
+    (found,) = enhancing.enhance(stub, ["circle"], num_images=[0], reads=lambda prompt: prompt == "circle")  # type: ignore[arg-type]
+    assert found.prompt == "circle"
+    assert found.fallback == enhancing.UNREADABLE
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
