@@ -61,6 +61,16 @@ class LaunchProfile(Section):
             raise ValueError(f"context_parallel: found {self.context_parallel}; allowed are divisors of the {self.processes} processes")
         return self
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether each rank has all weights and whole streams."""
+        return self.shard == "none" and self.context_parallel == 1
+
+    @property
+    def layout(self) -> str:
+        """What a message says of it."""
+        return f"found shard {self.shard} and context_parallel {self.context_parallel}"
+
 
 class Launch(Section):
     """The default profile, and others for single steps."""
@@ -76,11 +86,15 @@ class Launch(Section):
             raise ValueError(f"default: found {self.default.processes} processes; {alone}, under steps")
         if self.default.reward_service:
             raise ValueError("default: found reward_service true; allowed is false, it is for steps.align_grpo alone")
+        if not self.default.is_whole:
+            raise ValueError(f"default: {self.default.layout}; allowed are none and 1, others are for steps.train_mmdit alone")
         for name, profile in self.steps.items():
             if name not in STEPS:
                 raise ValueError(f"steps: found {name!r}; allowed are {', '.join(STEPS)}")
             if profile.processes > 1 and name not in parallel:
                 raise ValueError(f"steps.{name}: found {profile.processes} processes; {alone}")
+            if name != "train_mmdit" and not profile.is_whole:
+                raise ValueError(f"steps.{name}: {profile.layout}; allowed are none and 1, others are for steps.train_mmdit alone")
             if profile.reward_service and name != "align_grpo":
                 raise ValueError(f"steps.{name}: found reward_service true; allowed is false, it is for steps.align_grpo alone")
         return self

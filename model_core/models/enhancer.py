@@ -136,7 +136,8 @@ def tiny_enhancer(config: Enhancer, texts: Iterable[str], *, seed: int) -> Promp
     """An enhancer of the recipe's size with fresh weights keyed by `seed`, and a tokenizer of these requests and answers.
 
     All layers attend fully: the linear attention of the published ones runs token by token where its kernels are missing. Weights
-    and embeddings keep a token's scale, and signs are akin, as in `model_core.models.tiny_vlm`.
+    and embeddings keep a token's scale, and signs are akin, as in `model_core.models.tiny_vlm`. The head begins as the embeddings: to say
+    a sign of the request again, which must go right for texts that training never showed, is then only to find it.
     """
     turns = [system_turn(SYSTEM_PROMPT) + user_turn(text) for text in texts]
     tokenizer = train_tokenizer([*turns, "1 images: 2 images: "], vocab_size=config.vocab_size)
@@ -167,7 +168,10 @@ def tiny_enhancer(config: Enhancer, texts: Iterable[str], *, seed: int) -> Promp
         torch.manual_seed(seed)
         language = Qwen3_5ForCausalLM(text_config)
         nn.init.normal_(language.model.embed_tokens.weight)
-    relate_signs(language.model.embed_tokens.weight, tokenizer, seed=seed)
+    embeddings = language.model.embed_tokens.weight
+    relate_signs(embeddings, tokenizer, seed=seed)
+    with torch.no_grad():
+        language.lm_head.weight.copy_(embeddings * config.hidden_size**-0.5)
     return PromptEnhancer(language, tokenizer)
 
 

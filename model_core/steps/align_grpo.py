@@ -53,10 +53,6 @@ NUM_SHOWN = 12  # pairs in the picture of before and after
 
 def run(context: StepContext) -> dict[str, Any]:
     """Trains to the end; returns what rose and fell. Raises TrainingDiverged when an alarm is raised, RewardUnavailable without rewards."""
-    profile = context.site.launch.profile("align_grpo")
-    if profile.shard != "none" or profile.context_parallel != 1:
-        found = f"found shard {profile.shard} and context_parallel {profile.context_parallel}"
-        raise UserError(f"launch.steps.align_grpo: {found}; allowed are none and 1, since rollouts are dealt out by groups")
     device = compute_device(context.ranks)
     keep_deterministic(device)
     alignment = _Alignment(context, device)

@@ -249,14 +249,14 @@ def test_settings_that_contradict_each_other_are_refused(grpo: dict[str, Any], t
     assert told in str(raised.value)
 
 
-def test_sharded_layouts_are_refused_before_work(tmp_path: Path, inputs: dict[str, Input]) -> None:
-    from dataclasses import replace
-
+@pytest.mark.parametrize("step", ["align_grpo", "distill_dmd", "train_vae"])
+def test_sharded_layouts_of_steps_that_have_none_are_refused_with_the_site(step: str) -> None:
     from model_core.site import parse_site
 
-    site = parse_site({"workspace": str(tmp_path), "launch": {"steps": {"align_grpo": {"shard": "fsdp"}}}}, "site")
-    with pytest.raises(UserError, match="found shard fsdp"):
-        run(replace(context_of(tmp_path, inputs), site=site))
+    with pytest.raises(UserError, match=rf"steps\.{step}: found shard fsdp and context_parallel 1; allowed are none and 1"):
+        parse_site({"launch": {"steps": {step: {"shard": "fsdp"}}}}, "site")
+    with pytest.raises(UserError, match=r"default: found shard none and context_parallel 2"):
+        parse_site({"launch": {"default": {"context_parallel": 2}}}, "site")
 
 
 def test_a_recipe_without_the_section_has_nothing_to_align(tmp_path: Path, inputs: dict[str, Input]) -> None:
