@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from tests.alignment_parts import write_alignment_inputs
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = """
@@ -47,6 +51,7 @@ with join_ranks() as ranks:
 """
 Moment = tuple[str, str, str, int]  # module, class in it or "", function, and the call of it that is fatal
 QUIET: Moment = ("", "", "", 0)
+Result = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]  # weights, and points of the record
 
 
 @dataclass(frozen=True)
@@ -78,10 +83,33 @@ class KilledStep:
         assert done.returncode == 0 or fatal != QUIET, done.stdout + done.stderr
         return done.returncode
 
-    def result(self, here: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    def kill_in_turn(self, here: Path, moments: Mapping[str, Moment], *, ranks: int) -> Result:
+        """Kills a run in `here` at each of the moments, lets it end, and returns what it has left."""
+        for moment, fatal in moments.items():
+            ended = self.run(here, ranks=ranks, fatal=fatal)
+            assert ended == -signal.SIGKILL if ranks == 1 else ended != 0, moment
+        self.run(here, ranks=ranks)
+        return self.result(here)
+
+    def result(self, here: Path) -> Result:
         """The weights and the points that a finished run has left in `here`."""
         output = here / "output-0"
         return load_file(output / "mmdit/model.safetensors"), json.loads((output / self.record).read_text())["points"]
+
+
+def undisturbed_run(root: Path, name: str, *, record: str, settings: dict[str, Any]) -> tuple[KilledStep, Result]:
+    """Step `name` over inputs written below `root`, and what a run of it on one rank leaves that nothing has killed."""
+    (root / "inputs").mkdir()
+    write_alignment_inputs(root / "inputs")
+    step = KilledStep(name, record, root / "inputs", settings)
+    step.run(root / "quiet", ranks=1)
+    return step, step.result(root / "quiet")
+
+
+def check_same(found: Result, expected: Result) -> None:
+    """Asserts that weights and points are equal in every byte."""
+    assert all(torch.equal(value, expected[0][name]) for name, value in found[0].items())
+    assert found[1] == expected[1]
 
 
 def check_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, tolerance: float) -> None:

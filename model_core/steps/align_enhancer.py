@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ from model_core.training.enhancer_rollouts import Candidate
 from model_core.training.enhancer_update import EnhancerUpdate, alarms, weights_of
 from model_core.training.guard import TrainingDiverged
 from model_core.training.optim import Optimizer
-from model_core.training.stopping import Stopped, noting_sigterm
+from model_core.training.updates import take_all
 
 NUM_SHOWN = 12
 
@@ -60,19 +59,16 @@ def run(context: StepContext) -> dict[str, Any]:
     """
     keep_deterministic(compute_device())
     alignment = _Alignment(context)
-    first, updates = alignment.resume(), alignment.config.updates
-    began = time.monotonic()
-    with noting_sigterm() as stop:
-        for update in range(first, updates):
-            done = update + 1
-            alignment.take(update)
-            stopped = done < updates and stop.agreed(context.ranks)
-            if done < updates and (stopped or done % alignment.config.checkpoint_every_updates == 0):
-                alignment.save(done)
-            if stopped:
-                context.checkpoints.wait()
-                raise Stopped(f"told to stop after update {done}, which is saved; the same command goes on from there")
-    seconds = time.monotonic() - began
+    updates = alignment.config.updates
+    seconds = take_all(
+        context,
+        first=alignment.resume(),
+        total=updates,
+        checkpoint_every=alignment.config.checkpoint_every_updates,
+        take=alignment.take,
+        save=alignment.save,
+        noun="update",
+    )
     return alignment.publish() | {"updates": updates, "train_seconds": round(seconds, 3)}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from model_core.training.policy_merging import kind_of, merging_backward
 from model_core.training.policy_state import PolicyState
 from model_core.training.policy_update import PolicyUpdate, UpdateRecord
 from model_core.training.rollouts import Artist
-from model_core.training.stopping import Stopped, noting_sigterm
+from model_core.training.updates import take_all
 
 ONE, MERGED = "policy", "merged"
 KINDS = ("image", "edit")
@@ -56,19 +55,15 @@ def run(context: StepContext) -> dict[str, Any]:
     device = compute_device(context.ranks)
     keep_deterministic(device)
     alignment = _Alignment(context, device)
-    first = alignment.resume()
-    began = time.monotonic()
-    with noting_sigterm() as stop:
-        for update in range(first, alignment.num_updates):
-            done = update + 1
-            alignment.take(update)
-            stopped = done < alignment.num_updates and stop.agreed(context.ranks)
-            if done < alignment.num_updates and (stopped or done % alignment.config.checkpoint_every_updates == 0):
-                alignment.save(done)
-            if stopped:
-                context.checkpoints.wait()
-                raise Stopped(f"told to stop after update {done}, which is saved; the same command goes on from there")
-    seconds = time.monotonic() - began
+    seconds = take_all(
+        context,
+        first=alignment.resume(),
+        total=alignment.num_updates,
+        checkpoint_every=alignment.config.checkpoint_every_updates,
+        take=alignment.take,
+        save=alignment.save,
+        noun="update",
+    )
     if not context.ranks.is_first:
         return {}
     return alignment.publish() | {"updates": alignment.num_updates, "train_seconds": round(seconds, 3)}

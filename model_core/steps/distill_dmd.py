@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +34,7 @@ from model_core.training.distillation_state import DistillationState
 from model_core.training.distributed import compute_device, frozen_dtype, keep_deterministic
 from model_core.training.guard import TrainingDiverged
 from model_core.training.rollouts import latent_pictures
-from model_core.training.stopping import Stopped, noting_sigterm
+from model_core.training.updates import take_all
 
 NUM_MEASURED = 8  # pictures whose brightness is logged
 
@@ -45,19 +44,16 @@ def run(context: StepContext) -> dict[str, Any]:
     device = compute_device(context.ranks)
     keep_deterministic(device)
     distillation = _Distillation(context, device)
-    first = distillation.resume()
-    config, began = distillation.config, time.monotonic()
-    with noting_sigterm() as stop:
-        for iteration in range(first, config.iterations):
-            distillation.take(iteration)
-            done = iteration + 1
-            stopped = done < config.iterations and stop.agreed(context.ranks)
-            if done < config.iterations and (stopped or done % config.checkpoint_every_iterations == 0):
-                distillation.save(done)
-            if stopped:
-                context.checkpoints.wait()
-                raise Stopped(f"told to stop after iteration {done}, which is saved; the same command goes on from there")
-    seconds = time.monotonic() - began
+    config = distillation.config
+    seconds = take_all(
+        context,
+        first=distillation.resume(),
+        total=config.iterations,
+        checkpoint_every=config.checkpoint_every_iterations,
+        take=distillation.take,
+        save=distillation.save,
+        noun="iteration",
+    )
     if not context.ranks.is_first:
         return {}
     return distillation.publish() | {"iterations": config.iterations, "train_seconds": round(seconds, 3)}

@@ -30,13 +30,9 @@ from model_core.documents import UserError
 from model_core.evaluation.enhancer_card import FILE_NAME, enhancer_card, warnings_of
 from model_core.models.enhancer import PromptEnhancer, open_enhancer, save_enhancer, tiny_enhancer
 from model_core.recipe_enhancer import Enhancer
-from model_core.steps.train_reward import roll_back
-from model_core.training.checkpoint import Stateful
 from model_core.training.curves import Curves
 from model_core.training.distributed import compute_device, keep_deterministic
-from model_core.training.guard import StepGuard
-from model_core.training.optim import Optimizer
-from model_core.training.stopping import Stopped, noting_sigterm
+from model_core.training.guarded import resume_guarded, train_guarded
 
 TOKENIZER_EXAMPLES = 2000  # whose words the tiny model's tokenizer learns
 ANSWERED_TOGETHER = 64  # requests
@@ -54,52 +50,17 @@ def run(context: StepContext) -> dict[str, Any]:
     prompts = read_fine_prompts(*folders, held_out=False, seed=seed)
     check_fine_prompts(prompts)
     model = _initial_model(config, prompts, seed=seed).to(device).train()
-    optimizer = Optimizer(
-        model,
-        lr=config.lr,
-        warmup_steps=config.warmup_steps,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
-        decay_over=range(round(config.steps * (1 - config.decay_share)), config.steps),
-    )
-    curves, guard = Curves("loss", "grad_norm"), StepGuard(config.guard)
-    stateful: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "curves": curves}
-    found = context.checkpoints.restore(stateful)
-    first = 0 if found is None else found.step
-    if found is not None:
-        guard.load_state_dict(found.notes["guard"])
+    training = resume_guarded(context, model, config=config, betas=config.betas, losses=("loss",))
+    curves, guard = training.curves, training.guard
     data_seconds = time.monotonic() - began
 
-    began = time.monotonic()
-    with noting_sigterm() as stop:
-        for step in range(first, config.steps):
-            numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
-            loss = answer_loss(model, [training_example(prompts, number, config, seed=seed) for number in numbers])
-            loss.backward()
-            norm, done = optimizer.clip(), step + 1
-            verdict = guard.judge(done, loss=loss.item(), grad_norm=norm.item())
-            if verdict == "good":
-                optimizer.step(step)
-                curves.add(loss.detach().cpu(), norm.cpu())
-            else:
-                optimizer.clear()
-                context.say(guard.newest)
-            if verdict == "roll back":
-                roll_back(context.checkpoints, stateful, curves, field="enhancer.lr")
-            if (done % config.log_every_steps == 0 or done == config.steps) and curves.count:
-                point = curves.close(done)
-                context.log({f"train/{name}": value for name, value in point.items() if name != "step"}, step=done)
-            stopped = done < config.steps and stop.agreed(context.ranks)
-            due = stopped or done % config.checkpoint_every_steps == 0 or verdict == "roll back"
-            if due and guard.calm and done < config.steps:
-                context.checkpoints.save(done, stateful, notes={"guard": guard.state_dict(), "recipe": context.recipe.digest()})
-            if stopped:
-                context.checkpoints.wait()
-                saved = "which is saved" if guard.calm else "among bad ones, which is not saved"
-                raise Stopped(f"told to stop after step {done}, {saved}; the same command goes on from the newest checkpoint")
-            context.show(done, config.steps, f"loss {curves.last:.4f}" if curves.points else "")
-    seconds = time.monotonic() - began
+    def backward(step: int) -> Tensor:
+        numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
+        loss = answer_loss(model, [training_example(prompts, number, config, seed=seed) for number in numbers])
+        loss.backward()
+        return loss.detach()[None]
+
+    seconds = train_guarded(context, training, backward=backward, lr_field="enhancer.lr")
 
     began = time.monotonic()
     card = _publish(context, model.eval().requires_grad_(False), curves)
@@ -123,7 +84,7 @@ def run(context: StepContext) -> dict[str, Any]:
         "data_seconds": round(data_seconds, 3),
         "train_seconds": round(seconds, 3),
         "evaluation_seconds": round(time.monotonic() - began, 3),
-        "examples_per_second": round((config.steps - first) * config.batch_size / max(seconds, 1e-9), 1),
+        "examples_per_second": round((config.steps - training.first) * config.batch_size / max(seconds, 1e-9), 1),
     }
 
 

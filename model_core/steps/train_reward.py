@@ -7,10 +7,9 @@ every draw is keyed by its step.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,9 @@ from model_core.evaluation.reward_card import report_card, warnings_of
 from model_core.models.reward import RewardModel, open_reward_trunk, save_reward, tiny_reward
 from model_core.objectives.preference import pointwise_loss, uncertain_preference_loss
 from model_core.recipe import DIMENSIONS, Dimension, Reward
-from model_core.training.checkpoint import CheckpointStore, Stateful
 from model_core.training.curves import Curves
 from model_core.training.distributed import compute_device, keep_deterministic
-from model_core.training.guard import StepGuard, TrainingDiverged
-from model_core.training.optim import Optimizer
-from model_core.training.stopping import Stopped, noting_sigterm
+from model_core.training.guarded import resume_guarded, train_guarded
 
 BETAS = (0.9, 0.98)
 FEW_RIGHT = 0.8  # accuracy below which the report warns
@@ -47,52 +43,17 @@ def run(context: StepContext) -> dict[str, Any]:
     pairs = read_pairs(context.inputs["preferences"].path(PREFERENCES), dimension=dimension)
     train = pairs.by_split["train"]
     model = _initial_model(config, train, dimension=dimension, seed=seed).to(device)
-    optimizer = Optimizer(
-        model,
-        lr=config.lr,
-        warmup_steps=config.warmup_steps,
-        betas=BETAS,
-        weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
-        decay_over=range(round(config.steps * (1 - config.decay_share)), config.steps),
-    )
-    curves, guard = Curves("loss", "pairwise", "pointwise", "caption", "grad_norm"), StepGuard(config.guard)
-    stateful: dict[str, Stateful] = {"model": model, "optimizer": optimizer, "curves": curves}
-    found = context.checkpoints.restore(stateful)
-    first = 0 if found is None else found.step
-    if found is not None:
-        guard.load_state_dict(found.notes["guard"])
+    training = resume_guarded(context, model, config=config, betas=BETAS, losses=("loss", "pairwise", "pointwise", "caption"))
+    curves, guard = training.curves, training.guard
     data_seconds = time.monotonic() - began
 
-    began = time.monotonic()
-    with noting_sigterm() as stop:
-        for step in range(first, config.steps):
-            places = batch_places(len(train), config.batch_size, step=step, key=(seed, "reward", dimension))
-            loss, parts = losses(model, [train[place] for place in places], config)
-            loss.backward()
-            norm, done = optimizer.clip(), step + 1
-            verdict = guard.judge(done, loss=loss.item(), grad_norm=norm.item())
-            if verdict == "good":
-                optimizer.step(step)
-                curves.add(loss.detach().cpu(), *parts.cpu(), norm.cpu())
-            else:
-                optimizer.clear()
-                context.say(guard.newest)
-            if verdict == "roll back":
-                roll_back(context.checkpoints, stateful, curves, field="reward.lr")
-            if (done % config.log_every_steps == 0 or done == config.steps) and curves.count:
-                point = curves.close(done)
-                context.log({f"train/{name}": value for name, value in point.items() if name != "step"}, step=done)
-            stopped = done < config.steps and stop.agreed(context.ranks)
-            due = stopped or done % config.checkpoint_every_steps == 0 or verdict == "roll back"
-            if due and guard.calm and done < config.steps:
-                context.checkpoints.save(done, stateful, notes={"guard": guard.state_dict(), "recipe": context.recipe.digest()})
-            if stopped:
-                context.checkpoints.wait()
-                saved = "which is saved" if guard.calm else "among bad ones, which is not saved"
-                raise Stopped(f"told to stop after step {done}, {saved}; the same command goes on from the newest checkpoint")
-            context.show(done, config.steps, f"loss {curves.last:.4f}" if curves.points else "")
-    seconds = time.monotonic() - began
+    def backward(step: int) -> Tensor:
+        places = batch_places(len(train), config.batch_size, step=step, key=(seed, "reward", dimension))
+        loss, parts = losses(model, [train[place] for place in places], config)
+        loss.backward()
+        return torch.stack([loss.detach(), *parts])
+
+    seconds = train_guarded(context, training, backward=backward, lr_field="reward.lr")
 
     began = time.monotonic()
     card = _publish(context, model.eval().requires_grad_(False), pairs, curves)
@@ -115,7 +76,7 @@ def run(context: StepContext) -> dict[str, Any]:
         "data_seconds": round(data_seconds, 3),
         "train_seconds": round(seconds, 3),
         "evaluation_seconds": round(time.monotonic() - began, 3),
-        "pairs_per_second": round((config.steps - first) * config.batch_size / max(seconds, 1e-9), 1),
+        "pairs_per_second": round((config.steps - training.first) * config.batch_size / max(seconds, 1e-9), 1),
     }
 
 
@@ -137,14 +98,6 @@ def losses(model: RewardModel, pairs: Sequence[Pair], config: Reward) -> tuple[T
     caption = -(said.log_likelihood * fits).sum() / fits.sum().clamp_min(1)
     parts = torch.stack([pairwise, pointwise, caption])
     return parts @ parts.new_tensor([config.pairwise_weight, config.pointwise_weight, config.caption_weight]), parts.detach()
-
-
-def roll_back(checkpoints: CheckpointStore, parts: Mapping[str, Stateful], curves: Curves, *, field: str) -> None:
-    """Gives weights and moments back what the newest checkpoint holds; curves and data go on. `field` is the learning rate's."""
-    drawn = copy.deepcopy(curves.state_dict())  # restoring writes into the tensors that are there
-    if checkpoints.restore(parts) is None:
-        raise TrainingDiverged(f"there is no checkpoint to go back to yet; a lower {field} or a longer warm-up may help")
-    curves.load_state_dict(drawn)
 
 
 def _dimension(context: StepContext) -> Dimension:

@@ -211,7 +211,7 @@ def test_a_run_that_is_told_to_stop_goes_on_as_if_it_had_not(
             def __exit__(self, *_: object) -> None:
                 return None
 
-        monkeypatch.setattr("model_core.steps.distill_dmd.noting_sigterm", Noting)
+        monkeypatch.setattr("model_core.training.updates.noting_sigterm", Noting)
         root = tmp_path / f"stopped-{stop_after}"
         with pytest.raises(Stopped, match=f"after iteration {stop_after}"):
             run(context_of(root, inputs))
