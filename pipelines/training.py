@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.align_enhancer import align_enhancer
-from components.train_enhancer import train_enhancer
 from kfp import dsl
 from kfp.dsl.graph_component import GraphComponent
 
+from components.align_enhancer import align_enhancer
 from components.align_grpo import align_grpo
 from components.build_edits import build_edits
 from components.build_preferences import build_preferences
@@ -22,6 +21,7 @@ from components.prepare_encoder import prepare_encoder
 from components.publish_report import publish_report
 from components.register_model import register_model
 from components.render_text import render_text
+from components.train_enhancer import train_enhancer
 from components.train_mmdit import train_mmdit
 from components.train_reward import train_reward
 from components.train_vae import train_vae
