@@ -241,10 +241,13 @@ class Recipe(Section):
 
 
 def section(recipe: Recipe, path: str) -> Any:
-    """The JSON value at a dotted path, such as `mmdit.stages.S6.filter`; a path that does not exist raises KeyError."""
+    """The JSON value at a dotted path, such as `mmdit.stages.S6.filter`; a path that does not exist raises KeyError.
+
+    Of a section that the recipe leaves out, all values are None.
+    """
     value: Any = recipe.model_dump(mode="json")
     for part in path.split("."):
-        value = value[part]
+        value = value[part] if value is not None else None
     return value
 
 

@@ -255,8 +255,8 @@ def test_sharded_layouts_of_steps_that_have_none_are_refused_with_the_site(step:
 
     with pytest.raises(UserError, match=rf"steps\.{step}: found shard fsdp and context_parallel 1; allowed are none and 1"):
         parse_site({"launch": {"steps": {step: {"shard": "fsdp"}}}}, "site")
-    with pytest.raises(UserError, match=r"default: found shard none and context_parallel 2"):
-        parse_site({"launch": {"default": {"context_parallel": 2}}}, "site")
+    with pytest.raises(UserError, match=r"default: found shard hsdp and context_parallel 1; allowed are none and 1"):
+        parse_site({"launch": {"default": {"shard": "hsdp"}}}, "site")
 
 
 def test_a_recipe_without_the_section_has_nothing_to_align(tmp_path: Path, inputs: dict[str, Input]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from model_core.documents import UserError
+from model_core.exit_codes import INFRASTRUCTURE
 from model_core.recipe import Scenes
 from model_core.rewards.client import HTTPScorer
 from model_core.rewards.combined import CombinedScorer
@@ -257,4 +258,4 @@ def test_rewards_that_cannot_be_had_end_a_step_as_something_to_run_again(monkeyp
     monkeypatch.setattr(program, "load_site", unavailable)
     monkeypatch.setattr(program.signal, "signal", lambda *_: None)
     given = ["train_vae", "--recipe", "r", "--site", "s", "--run", "r", "--output", "o"]
-    assert program.main(given) == program.INFRASTRUCTURE
+    assert program.main(given) == INFRASTRUCTURE
