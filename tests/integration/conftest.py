@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +22,12 @@ from tests.rgw import Rgw
 from tests.s3_servers import Versitygw, running
 
 DARKROOM = str(Path(sys.executable).parent / "darkroom")
+
+
+def pytest_configure() -> None:
+    """Ctrl-C reaches what tests start, even where a shell began this in the background and so has it ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,10 @@ class Place:
         self.processes: list[subprocess.Popen[str]] = []
         (folder / "site.yaml").write_text(yaml.safe_dump({"workspace": str(folder / "workspace")}))
 
-    def start(self, *program: str, port: int = 0) -> tuple[subprocess.Popen[str], str]:
+    def start(self, *program: str, port: int = 0, recipe: str = RECIPE) -> tuple[subprocess.Popen[str], str]:
         """The process and the uri that it announced."""
         (self.folder / "uri").unlink(missing_ok=True)
-        given = ["--recipe", RECIPE, "--site", "site.yaml", "--port", str(port), "--announce", "uri", "--batch-size", "1"]
+        given = ["--recipe", recipe, "--site", "site.yaml", "--port", str(port), "--announce", "uri", "--batch-size", "1"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             [sys.executable, *program, *given],
@@ -133,7 +133,8 @@ def test_sigterm_finishes_the_batch_at_hand_and_refuses_what_waits(place: Place)
 
 
 def test_the_rules_are_served_as_they_score_in_process(place: Place, said: list[str]) -> None:
-    process, uri = place.start("-m", "model_core.rewards.service")
+    (place.folder / "rules.yaml").write_text(yaml.safe_dump({"name": "rules", "mmdit": {"stages": {"S1": {}}}}))
+    process, uri = place.start("-m", "model_core.rewards.service", recipe="rules.yaml")
     scenes = held_out_scenes(6, Scenes(), seed=1)
     requests = [
         ScoreRequest(key=str(index), prompt=describe(scene, index), image=render(scene, 64, 1), notes=scene.to_dict())

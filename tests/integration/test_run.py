@@ -106,7 +106,7 @@ def test_failing_step_ends_the_run_with_one_sentence_and_the_next_run_goes_on(he
     out, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
     after = records(here)
-    assert len(after) == 22
+    assert len(after) == 25
     assert {label for label, record in after.items() if record["reused"]} >= {
         "ingest_images",
         "render_text",
