@@ -15,6 +15,7 @@ from model_core.data.shards import make_row, write_rows
 from model_core.models.condition import load_encoder
 from model_core.recipe import Recipe
 from model_core.steps import prepare_encoder
+from tests.interruptions import contents
 
 WORDS = ("red", "blue", "zebra")
 TINY = {"hidden_size": 32, "num_heads": 2, "num_layers": 1, "vocab_size": 400}
@@ -47,10 +48,6 @@ def prepare(output: Path, given: dict[str, Any], **encoder: Any) -> dict[str, An
     recipe = Recipe.model_validate({"name": "tiny", "encoder": TINY | encoder, "mmdit": {"stages": {"S1": {}}}})
     output.mkdir(parents=True)
     return prepare_encoder.run(SimpleNamespace(recipe=recipe, inputs=given, output=output))  # type: ignore[arg-type]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def test_the_same_captions_give_the_same_bytes_wherever_they_lie(tmp_path):

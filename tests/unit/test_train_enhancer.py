@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +32,7 @@ from model_core.storage import open_storage
 from model_core.tracking.spool import open_tracker
 from model_core.training.checkpoint import CheckpointStore
 from model_core.training.stopping import Stopped
+from tests.interruptions import contents, tell_to_stop
 
 SCENES = Scenes(num_images=40, letters="ABCDEFHKLT", text_share=0.9)
 SETTINGS: dict[str, Any] = {
@@ -97,10 +96,6 @@ def context_of(tmp_path: Path) -> Callable[..., StepContext]:
     return context
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_it_learns_the_answers_and_publishes_a_model_that_gives_them(context_of: Callable[..., StepContext]):
     context = context_of("run", steps=60, batch_size=8, checkpoint_every_steps=100, max_new_tokens=90, hidden_size=64, num_heads=4)
     stats = run(context)
@@ -121,14 +116,7 @@ def test_it_learns_the_answers_and_publishes_a_model_that_gives_them(context_of:
 def test_a_run_that_is_interrupted_ends_with_the_same_bytes(context_of: Callable[..., StepContext]):
     whole, broken = context_of("whole"), context_of("broken")
     run(whole)
-    shown = broken.progress.update
-
-    def told_to_stop(done: int, total: int, message: str = "") -> None:
-        shown(done, total, message)
-        if done == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    broken.progress.update = told_to_stop  # type: ignore[method-assign]
+    tell_to_stop(broken, when_done=4)
     with pytest.raises(Stopped, match="after step 5, which is saved"):
         run(broken)
     assert contents(broken.output) == {}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +35,7 @@ from model_core.tracking.spool import open_tracker
 from model_core.training.checkpoint import CheckpointStore
 from model_core.training.optim import decay_share
 from model_core.training.stopping import Stopped
+from tests.interruptions import contents, tell_to_stop
 from tests.reward_parts import TRUNK, model, preferences, square
 
 REWARD = {"trunk": TRUNK, "steps": 8, "batch_size": 4, "lr": 1e-2, "warmup_steps": 2, "checkpoint_every_steps": 3, "log_every_steps": 2}
@@ -67,10 +66,6 @@ def context_of(tmp_path: Path) -> Callable[..., StepContext]:
     return context
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def test_it_learns_which_squares_are_better_and_reports_it(context_of: Callable[..., StepContext]) -> None:
     context = context_of("run", preferences(64), steps=25, batch_size=8, checkpoint_every_steps=100)
     stats = run(context)
@@ -95,14 +90,7 @@ def test_it_learns_which_squares_are_better_and_reports_it(context_of: Callable[
 def test_a_run_that_is_interrupted_ends_with_the_same_bytes(context_of: Callable[..., StepContext]) -> None:
     whole, broken = context_of("whole", preferences(32)), context_of("broken", preferences(32))
     run(whole)
-    shown = broken.progress.update
-
-    def told_to_stop(done: int, total: int, message: str = "") -> None:
-        shown(done, total, message)
-        if done == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    broken.progress.update = told_to_stop  # type: ignore[method-assign]
+    tell_to_stop(broken, when_done=4)
     with pytest.raises(Stopped, match="after step 5, which is saved"):
         run(broken)
     assert contents(broken.output) == {}
